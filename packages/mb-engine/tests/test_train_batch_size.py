@@ -40,7 +40,7 @@ def ramps(draw: st.DrawFn, *, decrease: bool | None = None) -> BatchSizeSchedule
         start = unit * draw(st.integers(1, 4))
         increment = unit * draw(st.integers(1, 4))
     return BatchSizeSchedule(
-        global_batch_size=start + increment * draw(st.integers(1, 9)),
+        target_batch_size=start + increment * draw(st.integers(1, 9)),
         micro_batch_size=micro,
         data_parallel_size=dp,
         rampup_batch_size=[start, increment, draw(st.integers(1, 3000))],
@@ -52,18 +52,18 @@ def count_steps(schedule: BatchSizeSchedule, steps: int) -> list[int]:
     """Return the samples consumed after 0, 1, ... steps, one step at a time."""
     consumed = [0]
     for _ in range(steps):
-        consumed.append(consumed[-1] + schedule.batch_size(consumed[-1]))
+        consumed.append(consumed[-1] + schedule.global_batch_size(consumed[-1]))
     return consumed
 
 
 @given(ramps(), st.integers(0, 4000))
 def test_ramp_up_equals_megatron_where_float64_division_is_exact(schedule, consumed):
     start, increment, samples = schedule.rampup_batch_size
-    increments = (schedule.global_batch_size - start) // increment
+    increments = (schedule.target_batch_size - start) // increment
     # megatron-core computes c / (samples / n), which may round an integer quotient down
     assume(consumed > samples or consumed * increments % samples != 0 or consumed == 0)
     oracle = RampupBatchsizeNumMicroBatchesCalculator(
-        schedule.global_batch_size,
+        schedule.target_batch_size,
         schedule.micro_batch_size,
         schedule.data_parallel_size,
         schedule.decrease_batch_size_if_needed,
@@ -74,7 +74,7 @@ def test_ramp_up_equals_megatron_where_float64_division_is_exact(schedule, consu
     )
     oracle.update(consumed, consistency_check=True)
     assert schedule.nominal_batch_size(consumed) == oracle.get_current_global_batch_size()
-    assert schedule.batch_size(consumed) == oracle.get_current_running_global_batch_size()
+    assert schedule.global_batch_size(consumed) == oracle.get_current_running_global_batch_size()
     assert schedule.num_microbatches(consumed) == oracle.get()
 
 
@@ -89,27 +89,27 @@ def test_constant_size_equals_megatron_or_is_refused_where_megatron_asserts(
             ConfigError, match=rf"train.global_batch_size={size}: .*{micro} \* {dp}"
         ):
             BatchSizeSchedule(
-                global_batch_size=size,
+                target_batch_size=size,
                 micro_batch_size=micro,
                 data_parallel_size=dp,
                 decrease_batch_size_if_needed=decrease,
             )
         return
     schedule = BatchSizeSchedule(
-        global_batch_size=size,
+        target_batch_size=size,
         micro_batch_size=micro,
         data_parallel_size=dp,
         decrease_batch_size_if_needed=decrease,
     )
-    assert schedule.batch_size(10**9) == oracle.get_current_running_global_batch_size()
+    assert schedule.global_batch_size(10**9) == oracle.get_current_running_global_batch_size()
     assert schedule.num_microbatches(0) == oracle.get()
 
 
 def test_an_integer_quotient_is_not_rounded_down():
     # 3 * (21 / 98181 of the ramp): float64 gives 6.999..., and megatron-core one increment less
-    schedule = BatchSizeSchedule(global_batch_size=22, rampup_batch_size=[1, 1, 98181])
-    assert schedule.batch_size(32726) == 7
-    assert schedule.batch_size(32727) == 8
+    schedule = BatchSizeSchedule(target_batch_size=22, rampup_batch_size=[1, 1, 98181])
+    assert schedule.global_batch_size(32726) == 7
+    assert schedule.global_batch_size(32727) == 8
 
 
 @given(ramps(), st.integers(0, 400))
@@ -133,11 +133,11 @@ def test_stages_follow_each_other_and_grow(schedule):
         assert after.batch_size > before.batch_size
     unit = schedule.samples_per_microstep
     assert stages[-1].steps is None
-    assert stages[-1].batch_size == schedule.global_batch_size // unit * unit
+    assert stages[-1].batch_size == schedule.target_batch_size // unit * unit
 
 
 def test_a_constant_size_counts_steps_by_division():
-    schedule = BatchSizeSchedule(global_batch_size=8, micro_batch_size=2, data_parallel_size=2)
+    schedule = BatchSizeSchedule(target_batch_size=8, micro_batch_size=2, data_parallel_size=2)
     assert schedule.num_microbatches(123) == 2
     assert schedule.samples_at_iteration(7) == 56
     assert schedule.iterations_for_samples(63) == 7
@@ -148,7 +148,7 @@ def test_a_constant_size_counts_steps_by_division():
     ("epochs", "samples", "steps"), [(1, 16, 2), (1, 17, 3), (2, 17, 6), (0.5, 17, 2), (1.5, 16, 3)]
 )
 def test_epochs_count_a_partial_batch_as_a_step(epochs, samples, steps):
-    schedule = BatchSizeSchedule(global_batch_size=8)
+    schedule = BatchSizeSchedule(target_batch_size=8)
     assert schedule.iterations_for_epochs(epochs, samples) == steps
 
 
@@ -161,27 +161,27 @@ def test_epochs_under_ramp_up_end_with_the_step_that_completes_them(schedule, sa
 
 def test_a_ramp_of_zero_samples_or_no_increment_is_constant():
     for ramp in ([4, 4, 0], [16, 4, 100]):
-        schedule = BatchSizeSchedule(global_batch_size=16, rampup_batch_size=ramp)
+        schedule = BatchSizeSchedule(target_batch_size=16, rampup_batch_size=ramp)
         assert [s.batch_size for s in schedule.stages()] == [16]
 
 
 @pytest.mark.parametrize("ramp", [[4, 5, 10], [20, 4, 10], [0, 4, 10], [4, 0, 10], [4, 4, -1], [4]])
 def test_a_ramp_that_cannot_reach_the_target_is_refused(ramp):
     with pytest.raises(ConfigError, match=r"train.rampup_batch_size=.*whole increments"):
-        BatchSizeSchedule(global_batch_size=16, rampup_batch_size=ramp)
+        BatchSizeSchedule(target_batch_size=16, rampup_batch_size=ramp)
 
 
 def test_an_indivisible_size_within_the_ramp_is_refused_at_the_start():
     with pytest.raises(
         ConfigError, match=r"reached in the ramp-up: 6.*decrease_batch_size_if_need"
     ):
-        BatchSizeSchedule(global_batch_size=8, micro_batch_size=4, rampup_batch_size=[4, 2, 100])
+        BatchSizeSchedule(target_batch_size=8, micro_batch_size=4, rampup_batch_size=[4, 2, 100])
 
 
 def test_a_size_that_rounds_to_nothing_is_refused():
     with pytest.raises(ConfigError, match="reached in the ramp-up: 2"):
         BatchSizeSchedule(
-            global_batch_size=8,
+            target_batch_size=8,
             micro_batch_size=4,
             rampup_batch_size=[2, 2, 100],
             decrease_batch_size_if_needed=True,

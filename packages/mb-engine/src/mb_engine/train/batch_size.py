@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Global batch size and number of micro-batches as pure functions of the samples consumed.
 
-Ramp-up ``[start, increment, samples]`` raises the batch from ``start`` to ``global_batch_size`` in
-``n = (global_batch_size - start) / increment`` equal stages: after ``c`` samples the batch is
-``start + increment * min(n, floor(c * n / samples))``. The formula is megatron-core's
-(``num_microbatches_calculator``), in exact integers; megatron-core divides in float64 and is one
-increment late where ``c * n / samples`` is an integer that float64 rounds down.
+Ramp-up ``[start, increment, samples]`` raises the batch from ``start`` to the target,
+``train.global_batch_size``, in ``n = (target - start) / increment`` equal stages: after ``c``
+samples the batch is ``start + increment * min(n, floor(c * n / samples))``. The formula is
+megatron-core's (``num_microbatches_calculator``), in exact integers; megatron-core divides in
+float64 and is one increment late where ``c * n / samples`` is an integer that float64 rounds down.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class BatchSizeSchedule:
     Every size the schedule can reach is checked at construction.
 
     Attributes:
-        global_batch_size: Samples a step after the ramp-up, over all ranks.
+        target_batch_size: Samples a step after the ramp-up, over all ranks.
         micro_batch_size: Samples of one forward pass on one rank.
         data_parallel_size: Ranks that read different samples.
         rampup_batch_size: ``(start, increment, samples)``, or None for a constant size.
@@ -61,7 +61,7 @@ class BatchSizeSchedule:
         ConfigError: A size is not divisible, or the ramp-up does not reach the global batch size.
     """
 
-    global_batch_size: int = field(validator=ge(1))
+    target_batch_size: int = field(validator=ge(1))
     micro_batch_size: int = field(default=1, validator=ge(1))
     data_parallel_size: int = field(default=1, validator=ge(1))
     rampup_batch_size: tuple[int, ...] | None = field(default=None, converter=_tuple)
@@ -82,7 +82,7 @@ class BatchSizeSchedule:
         """Return the schedule of a resolved *config* (``finalize`` has been called)."""
         train = config.train
         return cls(
-            global_batch_size=train.global_batch_size,
+            target_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
             data_parallel_size=train.data_parallel_size,
             rampup_batch_size=train.rampup_batch_size,
@@ -97,26 +97,26 @@ class BatchSizeSchedule:
     def nominal_batch_size(self, consumed_samples: int) -> int:
         """Return the batch size asked for after *consumed_samples*, before any rounding."""
         if self.rampup_batch_size is None:
-            return self.global_batch_size
+            return self.target_batch_size
         start, increment, samples = self.rampup_batch_size
         if consumed_samples >= samples:
-            return self.global_batch_size
-        increments = (self.global_batch_size - start) // increment
+            return self.target_batch_size
+        increments = (self.target_batch_size - start) // increment
         return start + increment * (consumed_samples * increments // samples)
 
-    def batch_size(self, consumed_samples: int) -> int:
+    def global_batch_size(self, consumed_samples: int) -> int:
         """Return the samples that the step after *consumed_samples* really takes."""
         return self._running(self.nominal_batch_size(consumed_samples))
 
     def num_microbatches(self, consumed_samples: int) -> int:
         """Return the micro-batches a rank runs in the step after *consumed_samples*."""
-        return self.batch_size(consumed_samples) // self.samples_per_microstep
+        return self.global_batch_size(consumed_samples) // self.samples_per_microstep
 
     def stages(self) -> Iterator[Stage]:
         """Yield the stages of constant batch size in order; the last one has no end."""
         step = consumed = 0
         starts = [*self._stage_starts()[1:], None]
-        size = self.batch_size(0)
+        size = self.global_batch_size(0)
         first_step, first_sample = step, consumed
         for threshold in starts:
             if threshold is None:
@@ -125,7 +125,7 @@ class BatchSizeSchedule:
             # a step may pass the threshold, or several at once: the size changes between steps
             steps = max(0, -(-(threshold - consumed) // size))
             step, consumed = step + steps, consumed + steps * size
-            following = self.batch_size(consumed)
+            following = self.global_batch_size(consumed)
             if following != size:
                 yield Stage(first_step, first_sample, size, step - first_step)
                 first_step, first_sample, size = step, consumed, following
@@ -152,7 +152,7 @@ class BatchSizeSchedule:
         smallest number of steps that consumes ``num_epochs * dataset_samples``.
         """
         if self.rampup_batch_size is None:
-            return math.ceil(num_epochs * math.ceil(dataset_samples / self.batch_size(0)))
+            return math.ceil(num_epochs * math.ceil(dataset_samples / self.global_batch_size(0)))
         wanted = math.ceil(num_epochs * dataset_samples)
         iterations = self.iterations_for_samples(wanted)
         return iterations + (self.samples_at_iteration(iterations) < wanted)
@@ -167,7 +167,7 @@ class BatchSizeSchedule:
         if self.rampup_batch_size is None or self.rampup_batch_size[2] == 0:
             return [0]
         start, increment, samples = self.rampup_batch_size
-        increments = (self.global_batch_size - start) // increment
+        increments = (self.target_batch_size - start) // increment
         return [-(-k * samples // increments) for k in range(increments + 1)] if increments else [0]
 
     def _check_rampup(self, rampup: tuple[int, ...]) -> None:
@@ -176,8 +176,8 @@ class BatchSizeSchedule:
             or rampup[0] < 1
             or rampup[1] < 1
             or rampup[2] < 0
-            or rampup[0] > self.global_batch_size
-            or (self.global_batch_size - rampup[0]) % rampup[1]
+            or rampup[0] > self.target_batch_size
+            or (self.target_batch_size - rampup[0]) % rampup[1]
         ):
             raise ConfigError.from_violations(
                 [
@@ -185,19 +185,19 @@ class BatchSizeSchedule:
                         field="train.rampup_batch_size",
                         value=str(list(rampup)),
                         rule="must be [start, increment, samples] with whole increments from start "
-                        f"to global_batch_size={self.global_batch_size}",
+                        f"to global_batch_size={self.target_batch_size}",
                         remedy="choose an increment that divides global_batch_size - start",
                     )
                 ]
             )
 
     def _indivisible(self, size: int) -> ConfigError:
-        ramp = "" if size == self.global_batch_size else f" (reached in the ramp-up: {size})"
+        ramp = "" if size == self.target_batch_size else f" (reached in the ramp-up: {size})"
         return ConfigError.from_violations(
             [
                 Violation(
                     field="train.global_batch_size",
-                    value=f"{self.global_batch_size}{ramp}",
+                    value=f"{self.target_batch_size}{ramp}",
                     rule="must be a positive multiple of micro_batch_size * data_parallel_size = "
                     f"{self.micro_batch_size} * {self.data_parallel_size}",
                     remedy="change one of them, or set train.decrease_batch_size_if_needed=true",
