@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training engine: a model on this rank, its optimizer, and the few verbs a loop needs."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from attrs import define, field, frozen
+
+from mb_engine.errors import CheckpointMismatchError, EngineError
+from mb_engine.parallel import optimizer_state, shards
+from mb_engine.parallel.wrap import connect_schedule, wrap_data_parallel
+from mb_engine.train import state as train_state
+from mb_engine.train.objective import LanguageModelObjective
+from mb_engine.train.state import TrainState
+from mb_engine.train.step import MicroBatchRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from mb_config import ConfigContainer
+    from mb_config.records import LossTerms, ProcessLayout
+    from torch import Tensor, nn
+
+    from mb_engine.interfaces import Checkpointer, ForwardStep, ModelTransform, Objective
+
+logger = logging.getLogger(__name__)
+
+
+@frozen(kw_only=True)
+class OptimizerStep:
+    """The outcome of one optimizer step.
+
+    Attributes:
+        updated: False where the update was skipped because a gradient overflowed.
+        grad_norm: Global L2 norm before clipping; None where clipping is off or the step skipped.
+        num_zeros: Zero entries among the gradients, None unless asked for.
+        learning_rate: Used for this step.
+        weight_decay: Used for this step.
+        loss_scale: Used for this step; 1.0 without loss scaling.
+    """
+
+    updated: bool
+    grad_norm: float | None
+    num_zeros: int | None
+    learning_rate: float
+    weight_decay: float
+    loss_scale: float
+
+
+@define(kw_only=True, eq=False)
+class Engine:
+    """Drives one model over all ranks of a job; every method is called on all ranks together.
+
+    ``pretrain`` is written on this class alone. A loop of one's own needs::
+
+        engine = Engine.from_config(config)
+        terms = engine.forward_backward(batches)
+        engine.optimizer_step()
+
+    Attributes:
+        config: The resolved configuration.
+        layout: This rank's place and groups.
+        chunks: Model chunks of this rank, wrapped for data parallelism.
+        optimizer: Megatron-core's optimizer.
+        scheduler: Sets learning rate and weight decay.
+        progress: Counters; ``optimizer_step`` advances them.
+    """
+
+    config: ConfigContainer
+    layout: ProcessLayout
+    chunks: list[Any]
+    optimizer: Any
+    scheduler: Any
+    runner: MicroBatchRunner
+    progress: TrainState = field(factory=TrainState)
+    _samples: int = field(default=0, init=False)
+    _tokens: int = field(default=0, init=False)
+    _hooks_on: bool = field(default=False, init=False)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ConfigContainer,
+        *,
+        objective: Objective | None = None,
+        forward_step: ForwardStep | None = None,
+        transforms: Sequence[ModelTransform] = (),
+    ) -> Engine:
+        """Start the process groups and build model, optimizer and schedule on this rank.
+
+        Args:
+            config: Resolved or not; it is resolved for the world size that the launcher gives.
+            objective: The loss; next-token cross-entropy if None.
+            forward_step: How to call the model; the usual call if None.
+            transforms: Changes to the model, in order.
+
+        Raises:
+            ConfigError: If the configuration does not fit this job.
+            EngineError: If the job cannot start.
+        """
+        from mb_engine.runtime.distributed import initialize, world_size_from_environment
+        from mb_engine.runtime.seeding import seed_everything
+
+        resolved = config.finalize(world_size_from_environment())
+        layout = initialize(resolved)
+        seed_everything(resolved.rng, layout)
+
+        from mb_engine.model.gpt import build_model
+        from mb_engine.train.optimizer import build_optimizer
+        from mb_engine.train.schedule import build_scheduler
+
+        model = build_model(resolved, layout)
+        for transform in transforms:
+            model = [_transformed(chunk, transform, layout) for chunk in model]
+        chunks = wrap_data_parallel(resolved, model)
+        optimizer = build_optimizer(resolved, chunks)
+        connect_schedule(resolved, chunks, optimizer)
+        runner = MicroBatchRunner(
+            chunks=chunks,
+            layout=layout,
+            objective=objective or LanguageModelObjective(),
+            forward_step=forward_step,
+        )
+        scheduler = build_scheduler(resolved, optimizer)
+        engine = cls(
+            config=resolved,
+            layout=layout,
+            chunks=chunks,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            runner=runner,
+        )
+        engine._start_hooks()
+        return engine
+
+    @property
+    def model(self) -> list[nn.Module]:
+        """The model chunks of this rank without their data-parallel wrappers."""
+        return [chunk.module for chunk in self.chunks]
+
+    def forward_backward(self, batches: Sequence[Mapping[str, Tensor]]) -> LossTerms:
+        """Compute the loss of one global batch and its gradients, replacing earlier gradients.
+
+        Args:
+            batches: This data-parallel rank's micro-batches; see :meth:`MicroBatchRunner.run`.
+
+        Returns:
+            The loss over the global batch, the same on every rank; device tensors, so that reading
+            them is what waits for the device.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        terms = self.runner.run(batches)
+        self._samples = sum(b["tokens"].size(0) for b in batches) * self.layout.dp
+        self._tokens = sum(b["tokens"].numel() for b in batches) * self.layout.dp
+        return terms
+
+    def optimizer_step(self) -> OptimizerStep:
+        """Clip the gradients, update the parameters and advance the schedule and the counters."""
+        group = self.optimizer.param_groups[0] if self.optimizer.param_groups else {}
+        loss_scale = self._loss_scale()
+        lr, wd = float(group.get("lr", 0.0)), float(self.scheduler.weight_decay)
+        updated, grad_norm, num_zeros = self.optimizer.step()
+        if updated:
+            self.scheduler.step(self._samples)
+        self._advance(skipped=not updated)
+        return OptimizerStep(
+            updated=bool(updated),
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            num_zeros=None if num_zeros is None else int(num_zeros),
+            learning_rate=lr,
+            weight_decay=wd,
+            loss_scale=loss_scale,
+        )
+
+    def skip_step(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Count *batches* as consumed without training on them."""
+        self._samples = sum(b["tokens"].size(0) for b in batches) * self.layout.dp
+        self._tokens = sum(b["tokens"].numel() for b in batches) * self.layout.dp
+        self._advance(skipped=True)
+
+    def evaluate(self, steps: Iterable[Sequence[Mapping[str, Tensor]]]) -> LossTerms:
+        """Return the loss over *steps*, each a list of this rank's micro-batches, in eval mode.
+
+        Raises:
+            EngineError: If there is nothing to evaluate.
+        """
+        from mb_engine.train.evaluate import accumulate
+
+        with self.synced_parameters(), self.eval_mode():
+            return accumulate(self.runner.run(batches, forward_only=True) for batches in steps)
+
+    def generate(self, tokens: Sequence[int], max_new_tokens: int, **sampling: Any) -> list[int]:
+        """Continue *tokens*; see :func:`mb_engine.train.generate.generate`."""
+        from mb_engine.train.generate import generate
+
+        with self.synced_parameters(), self.eval_mode():
+            return generate(self.runner, self.config, tokens, max_new_tokens, **sampling)
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of the run, for ``Checkpointer.save`` or ``load``.
+
+        Tensors are the live ones: a load writes into them.
+        """
+        from mb_engine.runtime.seeding import rng_state
+
+        checkpoint = self.config.checkpoint
+        with self.synced_parameters():
+            state: dict[str, Any] = {"model": shards.model_shards(self.model)}
+            state["run"] = train_state.plain_state(self.config, self.layout, self.progress)
+            if checkpoint.save_optim:
+                optimizer_state.allocate_state(self.optimizer)
+                state["optimizer"] = shards.optimizer_shards(self.model, self.optimizer)
+                state["run"]["optimizer"] = shards.optimizer_plain_state(self.optimizer)
+                state["run"]["scheduler"] = self.scheduler.state_dict()
+            state["run"]["has_rng"] = checkpoint.save_rng
+            if checkpoint.save_rng:
+                state["rng"] = train_state.rng_shards(rng_state(), rank=self.layout.rank)
+        return state
+
+    def load(
+        self,
+        checkpointer: Checkpointer,
+        step: int | None = None,
+        *,
+        where: str = "the checkpoint",
+        weights_only: bool = False,
+    ) -> None:
+        """Take over the state of *step*, whatever layout saved it.
+
+        Args:
+            checkpointer: Where from.
+            step: Which step, None for the newest.
+            where: The place in words, for messages.
+            weights_only: Load the parameters alone, as a fine-tuning run does.
+
+        Raises:
+            CheckpointMismatchError: If it holds another model.
+        """
+        run = checkpointer.load({}, step).get("run")
+        if run is None or "model_identity" not in run:
+            raise CheckpointMismatchError(f"{where} was not saved by a training run of this engine")
+        train_state.check_model_identity(self.config, run["model_identity"], where=where)
+        wanted: dict[str, Any] = {"model": shards.model_shards(self.model)}
+        with_optimizer = (
+            not weights_only and self.config.checkpoint.load_optim and "optimizer" in run
+        )
+        if with_optimizer:
+            optimizer_state.allocate_state(self.optimizer)
+            wanted["optimizer"] = shards.optimizer_shards(self.model, self.optimizer)
+        random_states = self._wanted_rng(run, weights_only=weights_only)
+        wanted["rng"] = train_state.rng_shards(random_states, rank=self.layout.rank)
+        checkpointer.load(wanted, step)
+        if with_optimizer:
+            shards.load_optimizer_plain_state(self.optimizer, run["optimizer"])
+            self.scheduler.load_state_dict(run["scheduler"])
+        else:
+            self.optimizer.reload_model_params()
+        self._restore(run, random_states, weights_only=weights_only)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        from mb_engine.runtime.distributed import shutdown
+
+        shutdown()
+
+    @contextmanager
+    def synced_parameters(self) -> Iterator[None]:
+        """Hold the overlapped parameter gather off while parameters are read."""
+        if not self._hooks_on:
+            yield
+            return
+        for chunk in self.chunks:
+            chunk.disable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Switch dropout off and gradients away for a while."""
+        training = [chunk.training for chunk in self.chunks]
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for chunk, was in zip(self.chunks, training, strict=True):
+                chunk.train(was)
+
+    def _start_hooks(self) -> None:
+        ddp = self.config.ddp
+        self._hooks_on = bool(ddp.use_distributed_optimizer and ddp.overlap_param_gather)
+
+    def _loss_scale(self) -> float:
+        mixed = self.config.mixed_precision
+        if mixed is None or not getattr(mixed, "fp16", False):
+            return 1.0
+        return float(self.optimizer.get_loss_scale())
+
+    def _advance(self, *, skipped: bool) -> None:
+        if not self._samples:
+            raise EngineError("optimizer_step needs a forward_backward before it")
+        self.progress.step += 1
+        self.progress.consumed_samples += self._samples
+        self.progress.consumed_tokens += self._tokens
+        self.progress.skipped_steps += skipped
+        self._samples = self._tokens = 0
+
+    def _wanted_rng(self, run: Mapping[str, Any], *, weights_only: bool) -> dict[str, Tensor]:
+        """Return this rank's random states to fill, or none where they belong to another layout."""
+        from mb_engine.runtime.seeding import rng_state
+
+        if weights_only or not self.config.checkpoint.load_rng or not run["has_rng"]:
+            return {}
+        if run["layout"] != train_state.layout_fingerprint(self.layout):
+            logger.info("the checkpoint has another layout: random states start from the seed")
+            return {}
+        return rng_state()
+
+    def _restore(
+        self, run: Mapping[str, Any], random_states: Mapping[str, Tensor], *, weights_only: bool
+    ) -> None:
+        from mb_engine.runtime.seeding import seed_everything, set_rng_state
+
+        if random_states:
+            set_rng_state(random_states)
+        if weights_only:
+            return
+        self.progress = TrainState(**run["progress"])
+        if not random_states:
+            # Another seed than at the start, so that dropout does not repeat its first masks.
+            rng = self.config.rng
+            seed_everything(attrs.evolve(rng, seed=rng.seed + self.progress.step), self.layout)
+
+
+def _transformed(chunk: nn.Module, transform: ModelTransform, layout: ProcessLayout) -> nn.Module:
+    changed = transform.apply(chunk, layout)
+    for name, parameter in changed.named_parameters():
+        parameter.requires_grad_(transform.trainable(name))
+    return changed

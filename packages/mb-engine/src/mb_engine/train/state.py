@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint keeps of a run, and how a run takes it back in any layout."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from attrs import define
+from mb_config.records import TensorShard
+
+from mb_engine.errors import CheckpointMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from mb_config import ConfigContainer
+    from mb_config.records import ProcessLayout
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+
+# Two runs with the same values here have the same parameters under the same names.
+_MODEL_IDENTITY = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "padded_vocab_size",
+    "normalization",
+    "position_embedding_type",
+    "gated_linear_unit",
+    "activation_func",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "share_embeddings_and_output_weights",
+    "num_moe_experts",
+)
+
+
+@define(kw_only=True)
+class TrainState:
+    """Counters of a run; together with tensors and random states, all there is to resume.
+
+    Attributes:
+        step: Optimizer steps done, skipped ones included.
+        consumed_samples: Samples taken from the training data: the data position.
+        consumed_tokens: Tokens in them.
+        skipped_steps: Steps whose update was skipped.
+        seconds: Training time in all, over restarts.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+
+
+def model_identity(config: ConfigContainer) -> dict[str, Any]:
+    """Return the fields that decide which parameters a model has, and how they are used."""
+    return {name: getattr(config.model, name) for name in _MODEL_IDENTITY}
+
+
+def check_model_identity(config: ConfigContainer, stored: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        CheckpointMismatchError: Naming each field that differs, with both values.
+    """
+    mine = model_identity(config)
+    wrong = [
+        f"model.{name}={mine[name]!r} but the checkpoint has {stored[name]!r}"
+        for name in mine
+        if name in stored and stored[name] != mine[name]
+    ]
+    if wrong:
+        raise CheckpointMismatchError(
+            f"{where} holds another model: {'; '.join(wrong)}; use the model section it was saved"
+            " with, or another checkpoint.load"
+        )
+
+
+def layout_fingerprint(layout: ProcessLayout) -> dict[str, int]:
+    """Return the degrees of *layout*; random states are kept a rank, for one layout."""
+    names = ("world_size", "tp", "pp", "vpp", "cp", "dp", "ep")
+    return {name: getattr(layout, name) for name in names}
+
+
+def rng_shards(states: Mapping[str, Tensor], *, rank: int) -> list[TensorShard]:
+    """Return random states as pieces that belong to one rank alone."""
+    return [
+        TensorShard(
+            key=f"rng.rank_{rank:05d}.{name}",
+            data=tensor,
+            global_shape=tuple(tensor.shape),
+            offset=(0,) * tensor.dim(),
+            local_shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+        )
+        for name, tensor in states.items()
+    ]
+
+
+def plain_state(
+    config: ConfigContainer, layout: ProcessLayout, progress: TrainState
+) -> dict[str, Any]:
+    """Return the part of a run's state that is the same on every rank and not a tensor."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "progress": attrs.asdict(progress),
+        "layout": layout_fingerprint(layout),
+        "model_identity": model_identity(config),
+        "config": config.to_dict(),
+    }
