@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one object every entry point takes."""
+
+from __future__ import annotations
+
+from attrs import define, field, fields
+
+from mb_config._types import SECTION_NAMES, typed
+from mb_config.sections import (
+    CheckpointConfig,
+    CommOverlapConfig,
+    CudaGraphConfig,
+    DatasetConfig,
+    DistributedDataParallelConfig,
+    DistributedInitConfig,
+    LoggerConfig,
+    LoRA,
+    MixedPrecisionConfig,
+    MockDatasetConfig,
+    ModelConfig,
+    OffloadConfig,
+    OptimizerConfig,
+    PEFTConfig,
+    ProfilingConfig,
+    RecomputeConfig,
+    RNGConfig,
+    SchedulerConfig,
+    TextDatasetConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+
+@define(kw_only=True, field_transformer=typed)
+class ConfigContainer:
+    """Everything a run is told, one section a concern.
+
+    Attributes:
+        model: Architecture and model parallelism.
+        train: Batches, duration and exits.
+        validation: Evaluation.
+        optimizer: Optimizer and loss scaling.
+        scheduler: Learning rate and weight decay over time.
+        dataset: What to train on.
+        tokenizer: Text to tokens.
+        checkpoint: Saving and loading.
+        logger: What to report and where.
+        dist: Processes and devices.
+        ddp: Data parallelism.
+        rng: Seeds.
+        mixed_precision: A name or a section; null means float32.
+        comm_overlap: Overlap of communication in tensor, pipeline and expert parallelism.
+        recompute: Activation recomputation.
+        offload: Offloading to host memory.
+        cuda_graph: CUDA graphs.
+        profiling: Profiler.
+        peft: Parameter-efficient finetuning; null trains all parameters.
+        env_vars: Environment variables to set where they are not yet set.
+    """
+
+    model: ModelConfig = field(factory=ModelConfig)
+    train: TrainingConfig = field(factory=TrainingConfig)
+    validation: ValidationConfig = field(factory=ValidationConfig)
+    optimizer: OptimizerConfig = field(factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(factory=SchedulerConfig)
+    dataset: DatasetConfig = field(factory=TextDatasetConfig)
+    tokenizer: TokenizerConfig = field(factory=TokenizerConfig)
+    checkpoint: CheckpointConfig = field(factory=CheckpointConfig)
+    logger: LoggerConfig = field(factory=LoggerConfig)
+    dist: DistributedInitConfig = field(factory=DistributedInitConfig)
+    ddp: DistributedDataParallelConfig = field(factory=DistributedDataParallelConfig)
+    rng: RNGConfig = field(factory=RNGConfig)
+    mixed_precision: str | MixedPrecisionConfig | None = None
+    comm_overlap: CommOverlapConfig = field(factory=CommOverlapConfig)
+    recompute: RecomputeConfig = field(factory=RecomputeConfig)
+    offload: OffloadConfig = field(factory=OffloadConfig)
+    cuda_graph: CudaGraphConfig = field(factory=CudaGraphConfig)
+    profiling: ProfilingConfig = field(factory=ProfilingConfig)
+    peft: PEFTConfig | None = None
+    env_vars: dict[str, str | int | float | bool] = field(factory=dict)
+
+
+SECTION_NAMES.update(
+    {a.type: a.name for a in fields(ConfigContainer) if isinstance(a.type, type)}
+    | {TextDatasetConfig: "dataset", MockDatasetConfig: "dataset", LoRA: "peft"}
+    | {MixedPrecisionConfig: "mixed_precision", ConfigContainer: ""}
+)

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model: architecture, how it is split over ranks, experts, kernels."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from attrs import define, field
+
+from mb_config._fields import derived, number, numbers
+from mb_config._types import typed
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+@define(kw_only=True, field_transformer=typed)
+class ModelConfig:
+    """A GPT-like decoder; the defaults are those of the Llama family, sizes must be given.
+
+    Names are those of megatron-core's ``TransformerConfig`` wherever it has the field.
+
+    Attributes:
+        num_layers: Transformer layers in the whole model; required.
+        hidden_size: Width of the residual stream; required.
+        num_attention_heads: Query heads in the whole model; required.
+        num_query_groups: Key and value heads; null means as many as query heads.
+        kv_channels: Width of one head; null means hidden_size / num_attention_heads.
+        ffn_hidden_size: Inner width of the MLP; null means 4 x hidden_size, or for a gated MLP
+            8/3 x hidden_size rounded down to a multiple of 64 (at least 64).
+        seq_length: Tokens of one training sample; required.
+        max_position_embeddings: Longest sequence the positions reach; null means seq_length.
+        vocab_size: Tokens the tokenizer knows; null means taken from the tokenizer.
+        padded_vocab_size: Derived: vocab_size rounded up to a multiple of
+            lcm(make_vocab_size_divisible_by, tensor_model_parallel_size).
+        make_vocab_size_divisible_by: The embedding has a multiple of this many rows, which makes
+            its size the same in every layout whose tensor parallel size divides it.
+        position_embedding_type: How positions enter.
+        rotary_base: Base of the rotary frequencies.
+        rotary_percent: Part of each head that is rotated.
+        rotary_interleaved: Rotate pairs of neighbours instead of halves.
+        normalization: Kind of norm.
+        layernorm_epsilon: Added to the variance in norms.
+        layernorm_zero_centered_gamma: Store norm weights as offset from 1.
+        qk_layernorm: Normalize queries and keys.
+        activation_func: Activation of the MLP.
+        gated_linear_unit: Multiply the activation with a second projection (SwiGLU with silu).
+        add_bias_linear: Give the linears of attention and MLP a bias.
+        add_qkv_bias: Give the query, key and value projection a bias.
+        share_embeddings_and_output_weights: Use one matrix for input and output tokens.
+        hidden_dropout: Dropout on the residual branches and the embedding.
+        attention_dropout: Dropout on attention probabilities.
+        init_method_std: Standard deviation of initial weights.
+        apply_residual_connection_post_layernorm: Take the residual after the norm.
+        fp32_residual_connection: Keep the residual stream in float32.
+        window_size: Sliding attention window (tokens left, tokens right); null attends to all.
+        attention_softmax_in_fp32: Compute unfused attention softmax in float32.
+        attention_backend: Which attention kernel; auto lets the layer decide.
+        layer_spec: torch needs no Transformer Engine; auto takes te where it is installed on CUDA.
+        deterministic_mode: Only deterministic kernels; slower.
+        calculate_per_token_loss: Divide by all tokens of a step, so that how a batch is split over
+            micro-batches and ranks does not weigh tokens differently.
+        tensor_model_parallel_size: Ranks that share each layer's matrices (TP).
+        pipeline_model_parallel_size: Stages the layers are cut into (PP).
+        virtual_pipeline_model_parallel_size: Chunks of layers a stage holds (VPP); null means 1.
+        num_layers_in_first_pipeline_stage: Layers of the first stage if it is to differ.
+        num_layers_in_last_pipeline_stage: Layers of the last stage if it is to differ.
+        context_parallel_size: Ranks that share each sequence (CP).
+        cp_comm_type: How context parallel ranks exchange keys and values; a list names one a layer.
+        hierarchical_context_parallel_sizes: Sizes of the levels for a2a+p2p; their product is CP.
+        expert_model_parallel_size: Ranks that share the experts (EP).
+        expert_tensor_parallel_size: TP within an expert; null means as outside.
+        sequence_parallel: Split norms and dropout over the sequence among the TP ranks.
+        num_moe_experts: Experts of a mixture-of-experts layer; null means a dense model.
+        moe_router_topk: Experts a token is sent to.
+        moe_ffn_hidden_size: Inner width of one expert; null means ffn_hidden_size.
+        moe_router_load_balancing_type: How the router is kept balanced.
+        moe_router_score_function: How router logits become scores.
+        moe_router_pre_softmax: Take the softmax before choosing the top experts.
+        moe_router_dtype: Precision of the routing; null means that of the activations.
+        moe_aux_loss_coeff: Weight of the load balancing loss.
+        moe_z_loss_coeff: Weight of the router z-loss; null means none.
+        moe_token_dispatcher_type: How tokens travel to experts.
+        moe_grouped_gemm: One grouped GEMM for the experts of a rank.
+        moe_permute_fusion: Fused token permutation.
+        moe_shared_expert_intermediate_size: Inner width of the shared expert; null means none.
+        moe_shared_expert_overlap: Overlap the shared expert with the dispatch.
+        moe_expert_capacity_factor: Tokens an expert takes before it drops some; null never drops.
+        moe_layer_freq: Every n-th layer has experts, or a list of 0 and 1 a layer.
+        gradient_accumulation_fusion: Add weight gradients in the GEMM (needs Apex or TE on CUDA).
+        bias_activation_fusion: Fused bias and activation.
+        bias_dropout_fusion: Fused bias, dropout and residual.
+        masked_softmax_fusion: Fused attention mask and softmax (CUDA).
+        apply_rope_fusion: Fused rotary embedding (CUDA).
+        persist_layer_norm: Persistent layer-norm kernel (Apex).
+        cross_entropy_loss_fusion: Fused vocabulary-parallel cross-entropy.
+        cross_entropy_fusion_impl: Whose fused cross-entropy.
+        bf16: Derived from mixed_precision if null: parameters are bfloat16.
+        fp16: Derived from mixed_precision if null: parameters are float16, the loss is scaled.
+        params_dtype: Derived from bf16 and fp16 if null: dtype of the parameters.
+        pipeline_dtype: Derived if null: dtype of what pipeline stages exchange.
+        megatron: Any other field of megatron-core's ``TransformerConfig``, by name.
+    """
+
+    num_layers: int = number(0, ge=0)
+    hidden_size: int = number(0, ge=0)
+    num_attention_heads: int = number(0, ge=0)
+    num_query_groups: int | None = number(None, ge=1)
+    kv_channels: int | None = number(None, ge=1)
+    ffn_hidden_size: int | None = number(None, ge=1)
+    seq_length: int = number(0, ge=0)
+    max_position_embeddings: int | None = number(None, ge=1)
+    vocab_size: int | None = number(None, ge=1)
+    padded_vocab_size: int | None = derived()
+    make_vocab_size_divisible_by: int = number(128, ge=1)
+    position_embedding_type: Literal["rope", "learned_absolute", "none"] = "rope"
+    rotary_base: int = number(10_000, ge=1)
+    rotary_percent: float = number(1.0, gt=0, le=1)
+    rotary_interleaved: bool = False
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    layernorm_epsilon: float = number(1e-5, gt=0)
+    layernorm_zero_centered_gamma: bool = False
+    qk_layernorm: bool = False
+    activation_func: Literal["silu", "gelu", "relu", "squared_relu"] = "silu"
+    gated_linear_unit: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    share_embeddings_and_output_weights: bool = False
+    hidden_dropout: float = number(0.0, ge=0, lt=1)
+    attention_dropout: float = number(0.0, ge=0, lt=1)
+    init_method_std: float = number(0.02, gt=0)
+    apply_residual_connection_post_layernorm: bool = False
+    fp32_residual_connection: bool = False
+    window_size: tuple[int, int] | None = None
+    attention_softmax_in_fp32: bool = True
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    layer_spec: Literal["auto", "torch", "te"] = "auto"
+    deterministic_mode: bool = False
+    calculate_per_token_loss: bool = True
+
+    tensor_model_parallel_size: int = number(1, ge=1)
+    pipeline_model_parallel_size: int = number(1, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = number(None, ge=1)
+    num_layers_in_first_pipeline_stage: int | None = number(None, ge=1)
+    num_layers_in_last_pipeline_stage: int | None = number(None, ge=1)
+    context_parallel_size: int = number(1, ge=1)
+    cp_comm_type: str | list[str] | None = None
+    hierarchical_context_parallel_sizes: list[int] | None = numbers(ge=1, optional=True)
+    expert_model_parallel_size: int = number(1, ge=1)
+    expert_tensor_parallel_size: int | None = number(None, ge=1)
+    sequence_parallel: bool = False
+
+    num_moe_experts: int | None = number(None, ge=1)
+    moe_router_topk: int = number(2, ge=1)
+    moe_ffn_hidden_size: int | None = number(None, ge=1)
+    moe_router_load_balancing_type: Literal[
+        "aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"
+    ] = "aux_loss"
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_dtype: Literal["fp32", "fp64"] | None = None
+    moe_aux_loss_coeff: float = number(0.0, ge=0)
+    moe_z_loss_coeff: float | None = number(None, ge=0)
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "allgather"
+    moe_grouped_gemm: bool = False
+    moe_permute_fusion: bool = False
+    moe_shared_expert_intermediate_size: int | None = number(None, ge=1)
+    moe_shared_expert_overlap: bool = False
+    moe_expert_capacity_factor: float | None = number(None, gt=0)
+    moe_layer_freq: int | list[int] = number(1, ge=0)
+
+    gradient_accumulation_fusion: bool = False
+    bias_activation_fusion: bool = False
+    bias_dropout_fusion: bool = False
+    masked_softmax_fusion: bool = False
+    apply_rope_fusion: bool = False
+    persist_layer_norm: bool = False
+    cross_entropy_loss_fusion: bool = False
+    cross_entropy_fusion_impl: Literal["native", "te"] = "native"
+
+    bf16: bool | None = None
+    fp16: bool | None = None
+    params_dtype: DTypeName | None = None
+    pipeline_dtype: DTypeName | None = None
+
+    megatron: dict[str, Any] = field(factory=dict)
