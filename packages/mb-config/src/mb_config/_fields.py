@@ -8,6 +8,25 @@ from typing import Any
 import attrs
 
 
+def within(
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> dict[str, Any]:
+    """Return field metadata with the bounds of a number, or of each number in a list.
+
+    Args:
+        ge: Smallest value allowed.
+        gt: Values must be greater than this.
+        le: Largest value allowed.
+        lt: Values must be smaller than this.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    return {"bounds": {name: bound for name, bound in bounds.items() if bound is not None}}
+
+
 def number(
     default: float | None,
     *,
@@ -16,26 +35,8 @@ def number(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """Return a field for a number within bounds; the bounds hold for each item of a list, too.
-
-    Args:
-        default: The field's default.
-        ge: Smallest value allowed.
-        gt: Values must be greater than this.
-        le: Largest value allowed.
-        lt: Values must be smaller than this.
-    """
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    kept = {name: bound for name, bound in bounds.items() if bound is not None}
-    return attrs.field(default=default, metadata={"bounds": kept})
-
-
-def numbers(factory: Any = list, *, ge: float | None = None, optional: bool = False) -> Any:
-    """Return a field for a list of numbers, each at least *ge*; its default is empty or None."""
-    metadata = {"bounds": {} if ge is None else {"ge": ge}}
-    if optional:
-        return attrs.field(default=None, metadata=metadata)
-    return attrs.field(factory=factory, metadata=metadata)
+    """Return a field for a number within the bounds of ``within``."""
+    return attrs.field(default=default, metadata=within(ge=ge, gt=gt, le=le, lt=lt))
 
 
 def derived() -> Any:

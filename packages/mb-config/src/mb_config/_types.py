@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of field values against their annotations and ranges, in plain sentences.
 
-``typed`` is the ``field_transformer`` of every section: it turns each annotation into a converter
-(int to float, list to tuple) and a validator, both of which attrs runs at construction and at each
-assignment.
+Every section runs ``checked`` at construction and at each assignment. Annotations are evaluated when
+first needed, not at import, which keeps the import fast.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import types
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
+
+import attrs
 
 from mb_config.errors import ConfigError, Violation
-
-if TYPE_CHECKING:
-    import attrs
 
 SECTION_NAMES: dict[type, str] = {}
 """Where each section class sits in the container, for messages; filled by ``container``."""
 
+_HINTS: dict[type, dict[str, Any]] = {}
 _WORDS = {int: "an int", float: "a number", bool: "true or false", str: "a string"}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _HOLDS = {
@@ -160,21 +160,41 @@ def _choice(hint: Any) -> bool:
     )
 
 
-def typed(cls: type, fields: list[attrs.Attribute[Any]]) -> list[attrs.Attribute[Any]]:
-    """Give every field of a section its converter and validator (an attrs ``field_transformer``)."""
-    hints = get_type_hints(cls)
-    return [_with_checks(a, hints[a.name]) for a in fields]
+def hints(cls: type) -> dict[str, Any]:
+    """Return the type of each public field of an attrs class, by name."""
+    known = _HINTS.get(cls)
+    if known is None:
+        names = vars(sys.modules[cls.__module__])
+        known = _HINTS[cls] = {
+            a.name: eval(a.type, names) if isinstance(a.type, str) else a.type  # noqa: S307
+            for a in attrs.fields(cls)
+            if a.init
+        }
+    return known
 
 
-def _with_checks(attribute: attrs.Attribute[Any], hint: Any) -> attrs.Attribute[Any]:
-    bounds: Mapping[str, float] = attribute.metadata.get("bounds", {})
+def checked(instance: object, attribute: attrs.Attribute[Any], value: Any) -> Any:
+    """Return *value* as the field keeps it (an attrs ``on_setattr`` hook).
 
-    def check(instance: object, attr: attrs.Attribute[Any], value: object) -> None:
-        found = problem(value, hint, bounds)
-        if found is not None:
-            owner = type(instance)
-            name = f"{SECTION_NAMES.get(owner, owner.__name__)}.{attr.name}".lstrip(".")
-            violation = Violation(field=name, value=show(value), rule=found[0], remedy=found[1])
-            raise ConfigError.from_violations([violation])
+    Raises:
+        ConfigError: If it is not what the field's annotation and bounds admit.
+    """
+    if not attribute.init:
+        return value
+    hint = hints(type(instance))[attribute.name]
+    value = adapt(value, hint)
+    found = problem(value, hint, attribute.metadata.get("bounds", {}))
+    if found is not None:
+        owner = type(instance)
+        name = f"{SECTION_NAMES.get(owner, owner.__name__)}.{attribute.name}".lstrip(".")
+        violation = Violation(field=name, value=show(value), rule=found[0], remedy=found[1])
+        raise ConfigError.from_violations([violation])
+    return value
 
-    return attribute.evolve(type=hint, converter=lambda value: adapt(value, hint), validator=check)
+
+def check_all(instance: Any) -> None:
+    """Check every field of a new section (its ``__attrs_post_init__``)."""
+    for attribute in attrs.fields(type(instance)):
+        if attribute.init:
+            value = checked(instance, attribute, getattr(instance, attribute.name))
+            object.__setattr__(instance, attribute.name, value)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from attrs import define, field, fields
+import attrs
+from attrs import define, field
 
-from mb_config._types import SECTION_NAMES, typed
+from mb_config._types import SECTION_NAMES, check_all, checked, hints
 from mb_config.sections import (
     CheckpointConfig,
     CommOverlapConfig,
@@ -32,7 +33,7 @@ from mb_config.sections import (
 )
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class ConfigContainer:
     """Everything a run is told, one section a concern.
 
@@ -57,6 +58,8 @@ class ConfigContainer:
         profiling: Profiler.
         peft: Parameter-efficient finetuning; null trains all parameters.
         env_vars: Environment variables to set where they are not yet set.
+
+    __attrs_post_init__ = check_all
     """
 
     model: ModelConfig = field(factory=ModelConfig)
@@ -80,9 +83,11 @@ class ConfigContainer:
     peft: PEFTConfig | None = None
     env_vars: dict[str, str | int | float | bool] = field(factory=dict)
 
+    __attrs_post_init__ = check_all
+
 
 SECTION_NAMES.update(
-    {a.type: a.name for a in fields(ConfigContainer) if isinstance(a.type, type)}
+    {hint: name for name, hint in hints(ConfigContainer).items() if attrs.has(hint)}
     | {TextDatasetConfig: "dataset", MockDatasetConfig: "dataset", LoRA: "peft"}
     | {MixedPrecisionConfig: "mixed_precision", ConfigContainer: ""}
 )

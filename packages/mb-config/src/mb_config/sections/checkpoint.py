@@ -8,10 +8,10 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class CheckpointConfig:
     """Where and when to save, and what to start from.
 
@@ -53,3 +53,5 @@ class CheckpointConfig:
     most_recent_k: int = number(-1, ge=-1)
     save_retain_interval: int | None = number(None, ge=1)
     backend: str = "tensorstore"
+
+    __attrs_post_init__ = check_all

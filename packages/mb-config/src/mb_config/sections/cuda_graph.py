@@ -8,14 +8,14 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 CudaGraphScope = Literal[
     "full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess", "mamba"
 ]
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class CudaGraphConfig:
     """Capture work in CUDA graphs; names as in megatron-core.
 
@@ -28,3 +28,5 @@ class CudaGraphConfig:
     cuda_graph_impl: Literal["none", "local", "transformer_engine"] = "none"
     cuda_graph_scope: list[CudaGraphScope] | None = None
     cuda_graph_warmup_steps: int = number(3, ge=0)
+
+    __attrs_post_init__ = check_all

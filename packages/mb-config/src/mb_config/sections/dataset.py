@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from attrs import define, field
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
 class DatasetConfig(Protocol):
@@ -33,7 +33,7 @@ class DatasetConfig(Protocol):
     drop_last: bool
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class TextDatasetConfig:
     """Plain text files, tokenized and cut into samples of equal length (``type: text``).
 
@@ -62,8 +62,10 @@ class TextDatasetConfig:
     shuffle: bool = True
     drop_last: bool = True
 
+    __attrs_post_init__ = check_all
 
-@define(kw_only=True, field_transformer=typed)
+
+@define(kw_only=True, on_setattr=checked)
 class MockDatasetConfig:
     """Made-up tokens, for tests and measurements (``type: mock``).
 
@@ -89,3 +91,5 @@ class MockDatasetConfig:
     pin_memory: bool = True
     shuffle: bool = True
     drop_last: bool = True
+
+    __attrs_post_init__ = check_all

@@ -8,10 +8,10 @@ from typing import Literal
 from attrs import define, field
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class DistributedInitConfig:
     """How processes find each other and on what they compute.
 
@@ -33,8 +33,10 @@ class DistributedInitConfig:
     nccl_communicator_config_path: str | None = None
     high_priority_stream_groups: list[str] = field(factory=list)
 
+    __attrs_post_init__ = check_all
 
-@define(kw_only=True, field_transformer=typed)
+
+@define(kw_only=True, on_setattr=checked)
 class DistributedDataParallelConfig:
     """Data parallelism, with names as in megatron-core's ``DistributedDataParallelConfig``.
 
@@ -71,3 +73,5 @@ class DistributedDataParallelConfig:
     average_in_collective: bool = False
     fp8_param_gather: bool | None = None
     reuse_grad_buf_for_mxfp8_param_ag: bool | None = None
+
+    __attrs_post_init__ = check_all

@@ -8,10 +8,10 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class LoggerConfig:
     """What a run reports.
 
@@ -35,3 +35,5 @@ class LoggerConfig:
     log_params_norm: bool = False
     log_throughput: bool = True
     logging_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    __attrs_post_init__ = check_all

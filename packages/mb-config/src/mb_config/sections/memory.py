@@ -8,14 +8,14 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 RecomputeModule = Literal[
     "core_attn", "mla_up_proj", "moe_act", "layernorm", "mlp", "moe", "shared_experts"
 ]
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class RecomputeConfig:
     """Recompute activations in the backward pass; names as in megatron-core.
 
@@ -34,8 +34,10 @@ class RecomputeConfig:
     recompute_modules: list[RecomputeModule] | None = None
     distribute_saved_activations: bool = False
 
+    __attrs_post_init__ = check_all
 
-@define(kw_only=True, field_transformer=typed)
+
+@define(kw_only=True, on_setattr=checked)
 class OffloadConfig:
     """Keep activations or optimizer states in host memory; CUDA only; names as in megatron-core.
 
@@ -64,3 +66,5 @@ class OffloadConfig:
     overlap_cpu_optimizer_d2h_h2d: bool = False
     pin_cpu_grads: bool = True
     pin_cpu_params: bool = True
+
+    __attrs_post_init__ = check_all

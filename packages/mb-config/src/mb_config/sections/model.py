@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from attrs import define, field
 
-from mb_config._fields import derived, number, numbers
-from mb_config._types import typed
+from mb_config._fields import derived, number, within
+from mb_config._types import check_all, checked
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class ModelConfig:
     """A GPT-like decoder; the defaults are those of the Llama family, sizes must be given.
 
@@ -144,7 +144,9 @@ class ModelConfig:
     num_layers_in_last_pipeline_stage: int | None = number(None, ge=1)
     context_parallel_size: int = number(1, ge=1)
     cp_comm_type: str | list[str] | None = None
-    hierarchical_context_parallel_sizes: list[int] | None = numbers(ge=1, optional=True)
+    hierarchical_context_parallel_sizes: list[int] | None = field(
+        default=None, metadata=within(ge=1)
+    )
     expert_model_parallel_size: int = number(1, ge=1)
     expert_tensor_parallel_size: int | None = number(None, ge=1)
     sequence_parallel: bool = False
@@ -160,13 +162,13 @@ class ModelConfig:
     moe_router_dtype: Literal["fp32", "fp64"] | None = None
     moe_aux_loss_coeff: float = number(0.0, ge=0)
     moe_z_loss_coeff: float | None = number(None, ge=0)
-    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "allgather"
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "allgather"  # noqa: S105 - no password
     moe_grouped_gemm: bool = False
     moe_permute_fusion: bool = False
     moe_shared_expert_intermediate_size: int | None = number(None, ge=1)
     moe_shared_expert_overlap: bool = False
     moe_expert_capacity_factor: float | None = number(None, gt=0)
-    moe_layer_freq: int | list[int] = number(1, ge=0)
+    moe_layer_freq: int | list[int] = field(default=1, metadata=within(ge=0))
 
     gradient_accumulation_fusion: bool = False
     bias_activation_fusion: bool = False
@@ -183,3 +185,5 @@ class ModelConfig:
     pipeline_dtype: DTypeName | None = None
 
     megatron: dict[str, Any] = field(factory=dict)
+
+    __attrs_post_init__ = check_all

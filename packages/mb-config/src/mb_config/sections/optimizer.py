@@ -8,11 +8,11 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 from mb_config.sections.model import DTypeName
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class OptimizerConfig:
     """Adam or SGD, with names as in megatron-core's ``OptimizerConfig``.
 
@@ -78,3 +78,5 @@ class OptimizerConfig:
     bf16: bool | None = None
     fp16: bool | None = None
     params_dtype: DTypeName | None = None
+
+    __attrs_post_init__ = check_all

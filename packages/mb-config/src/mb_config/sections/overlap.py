@@ -8,10 +8,10 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class CommOverlapConfig:
     """Overlap within tensor, pipeline and expert parallelism; names as in megatron-core.
 
@@ -37,3 +37,5 @@ class CommOverlapConfig:
     wgrad_deferral_limit: int = number(0, ge=0)
     overlap_moe_expert_parallel_comm: bool = False
     delay_wgrad_compute: bool = False
+
+    __attrs_post_init__ = check_all

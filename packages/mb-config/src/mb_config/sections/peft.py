@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from attrs import define, field
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
 class PEFTConfig(Protocol):
@@ -20,7 +20,7 @@ class PEFTConfig(Protocol):
     target_modules: list[str]
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class LoRA:
     """Low-rank adapters beside linears (``type: lora``); Hu et al. 2021, arXiv:2106.09685.
 
@@ -43,5 +43,9 @@ class LoRA:
         factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
     )
     exclude_modules: list[str] = field(factory=list)
-    lora_A_init_method: Literal["xavier", "normal", "kaiming", "zero"] = "xavier"
-    lora_B_init_method: Literal["xavier", "normal", "kaiming", "zero"] = "zero"
+    lora_A_init_method: Literal["xavier", "normal", "kaiming", "zero"] = (  # noqa: N815
+        "xavier"
+    )
+    lora_B_init_method: Literal["xavier", "normal", "kaiming", "zero"] = "zero"  # noqa: N815
+
+    __attrs_post_init__ = check_all

@@ -8,11 +8,11 @@ from typing import Any, Final, Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 from mb_config.sections.model import DTypeName
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class MixedPrecisionConfig:
     """dtypes of parameters, gradients and GEMMs; finalize hands them to model, optimizer and ddp.
 
@@ -65,6 +65,8 @@ class MixedPrecisionConfig:
     fp4_recipe: Literal["nvfp4"] = "nvfp4"
     fp4_param: bool = False
     reuse_grad_buf_for_mxfp8_param_ag: bool = False
+
+    __attrs_post_init__ = check_all
 
 
 _BF16: Final[dict[str, Any]] = {"bf16": True}

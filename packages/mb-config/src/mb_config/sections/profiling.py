@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from attrs import define
+from attrs import define, field
 
-from mb_config._fields import number, numbers
-from mb_config._types import typed
+from mb_config._fields import number, within
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class ProfilingConfig:
     """PyTorch profiler over some steps; traces go below logger.log_dir.
 
@@ -25,6 +25,8 @@ class ProfilingConfig:
     use_pytorch_profiler: bool = False
     profile_step_start: int = number(10, ge=0)
     profile_step_end: int = number(12, ge=1)
-    profile_ranks: list[int] = numbers(lambda: [0], ge=0)
+    profile_ranks: list[int] = field(factory=lambda: [0], metadata=within(ge=0))
     record_shapes: bool = False
     with_stack: bool = False
+
+    __attrs_post_init__ = check_all

@@ -6,10 +6,10 @@ from __future__ import annotations
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class RNGConfig:
     """Seeds.
 
@@ -23,3 +23,5 @@ class RNGConfig:
     seed: int = number(1234, ge=1)
     data_parallel_random_init: bool = False
     te_rng_tracker: bool = False
+
+    __attrs_post_init__ = check_all

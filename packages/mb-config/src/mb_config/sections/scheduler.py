@@ -8,10 +8,10 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import derived, number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class SchedulerConfig:
     """Schedules of learning rate and weight decay, all counted in samples in the end.
 
@@ -59,3 +59,5 @@ class SchedulerConfig:
     lr_warmup_steps: int | None = derived()
     wd_incr_steps: int | None = derived()
     wsd_decay_steps: int | None = derived()
+
+    __attrs_post_init__ = check_all

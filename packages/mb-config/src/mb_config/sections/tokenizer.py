@@ -8,10 +8,10 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class TokenizerConfig:
     """The tokenizer.
 
@@ -25,3 +25,5 @@ class TokenizerConfig:
     tokenizer_type: Literal["bytes", "huggingface", "null"] = "bytes"
     tokenizer_model: str | None = None
     vocab_size: int | None = number(None, ge=1)
+
+    __attrs_post_init__ = check_all

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from attrs import define
+from attrs import define, field
 
-from mb_config._fields import derived, number, numbers
-from mb_config._types import typed
+from mb_config._fields import derived, number, within
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class TrainingConfig:
     """Batches, duration and exits of a run.
 
@@ -48,7 +48,7 @@ class TrainingConfig:
 
     micro_batch_size: int = number(1, ge=1)
     global_batch_size: int | None = number(None, ge=1)
-    rampup_batch_size: list[int] | None = numbers(ge=1, optional=True)
+    rampup_batch_size: list[int] | None = field(default=None, metadata=within(ge=1))
     decrease_batch_size_if_needed: bool = False
     train_iters: int | None = number(None, ge=1)
     train_samples: int | None = number(None, ge=1)
@@ -61,10 +61,12 @@ class TrainingConfig:
     manual_gc: bool = False
     manual_gc_interval: int = number(0, ge=0)
     manual_gc_eval: bool = True
-    iterations_to_skip: list[int] = numbers(ge=1)
+    iterations_to_skip: list[int] = field(factory=list, metadata=within(ge=1))
     check_for_nan_in_loss: bool = True
     empty_unused_memory_level: Literal[0, 1, 2] = 0
     check_weight_hash_across_dp_replicas_interval: int | None = number(None, ge=1)
     train_sync_interval: int | None = number(None, ge=1)
     data_parallel_size: int | None = derived()
     num_microbatches: int | None = derived()
+
+    __attrs_post_init__ = check_all

@@ -6,10 +6,10 @@ from __future__ import annotations
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import typed
+from mb_config._types import check_all, checked
 
 
-@define(kw_only=True, field_transformer=typed)
+@define(kw_only=True, on_setattr=checked)
 class ValidationConfig:
     """Evaluation on held-out data during and after training.
 
@@ -32,3 +32,5 @@ class ValidationConfig:
     skip_train: bool = False
     full_validation: bool = False
     eval_at_end: bool = True
+
+    __attrs_post_init__ = check_all
