@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step holds, and whether every byte of it is as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from attrs import field, frozen
+
+from mb_ckpt import plain_tree
+from mb_ckpt.catalogue import step_name
+from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
+from mb_ckpt.reader import READ_BYTES, damage, data_path, open_file
+from mb_ckpt.tensorstore_io import array_metadata, get, start_read
+
+if TYPE_CHECKING:
+    from mb_ckpt.interfaces import Store
+    from mb_ckpt.manifest import Manifest
+
+
+@frozen(kw_only=True)
+class TensorInfo:
+    """One stored tensor.
+
+    Attributes:
+        dtype: As torch prints it, without the prefix.
+        shape: Of the whole tensor.
+        nbytes: Of the whole tensor.
+        pieces: In how many boxes it is stored.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    pieces: int
+
+
+@frozen(kw_only=True)
+class StepInfo:
+    """What one step holds.
+
+    Attributes:
+        step: Optimizer steps done.
+        path: Its directory.
+        nbytes: Of all tensors.
+        world_size: Ranks that wrote it.
+        created: When it was committed, ISO 8601, UTC.
+        versions: Of the software that wrote it.
+        tensors: By key.
+        plain: The plain data.
+    """
+
+    step: int
+    path: str
+    nbytes: int
+    world_size: int
+    created: str
+    versions: dict[str, str]
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    plain: Any = field(repr=False)
+
+
+@frozen(kw_only=True)
+class Verified:
+    """A step whose every byte was read and found as written.
+
+    Attributes:
+        step: Which.
+        tensors: How many it holds.
+        nbytes: Bytes read, padding included.
+    """
+
+    step: int
+    tensors: int
+    nbytes: int
+
+
+def describe(store: Store, manifest: Manifest) -> StepInfo:
+    """Return what *manifest* says."""
+    tensors = {
+        key: TensorInfo(
+            dtype=t.dtype,
+            shape=t.shape,
+            nbytes=prod(t.shape) * getattr(torch, t.dtype).itemsize,
+            pieces=len(t.chunks),
+        )
+        for key, t in manifest.tensors.items()
+    }
+    return StepInfo(
+        step=manifest.step,
+        path=f"{store.url}/{step_name(manifest.step)}",
+        nbytes=sum(t.nbytes for t in tensors.values()),
+        world_size=manifest.world_size,
+        created=manifest.created,
+        versions=manifest.versions,
+        tensors=tensors,
+        plain=plain_tree.decode(manifest.tree) or {},
+    )
+
+
+def verify(store: Store, manifest: Manifest) -> Verified:
+    """Read every byte of the step.
+
+    Raises:
+        CorruptCheckpointError: If something is damaged or missing; names tensors and files.
+    """
+    faults: list[str] = []
+    for index in range(len(manifest.files)):
+        _verify_file(store, manifest, index, faults)
+    if faults:
+        more = f" (and {len(faults) - 1} more damaged places)" if len(faults) > 1 else ""
+        raise CorruptCheckpointError(f"{faults[0]}{more}")
+    return Verified(
+        step=manifest.step,
+        tensors=len(manifest.tensors),
+        nbytes=sum(file.nbytes for file in manifest.files),
+    )
+
+
+def _verify_file(store: Store, manifest: Manifest, index: int, faults: list[str]) -> None:
+    file = manifest.files[index]
+    path = data_path(manifest, index)
+    metadata = get(store.kvstore, f"{path}/zarr.json")
+    if metadata is None or hashlib.sha256(metadata).hexdigest() != file.sha256:
+        kind = "missing" if metadata is None else "corrupt"
+        faults.append(f"{store.url}/{path}/zarr.json is {kind}: load another step")
+    array = open_file(store, manifest, index)
+    buffer = np.empty(READ_BYTES, dtype=np.uint8)
+    codec = array_metadata(file.nbytes)["codecs"][0]
+    inner = int(codec["configuration"]["chunk_shape"][0])
+    step = READ_BYTES // inner * inner
+    for start in range(0, file.nbytes, step):
+        stop = min(start + step, file.nbytes)
+        if _fault(array, start, buffer[: stop - start]) is None:
+            continue
+        for low in range(start, stop, inner):
+            high = min(low + inner, stop)
+            fault = _fault(array, low, buffer[: high - low])
+            if fault is not None:
+                keys = _keys_within(manifest, index, low, high)
+                faults.append(str(damage(f"{store.url}/{path}", file.nbytes, low, keys, fault)))
+
+
+def _fault(array: Any, start: int, out: Any) -> Exception | None:
+    try:
+        start_read(array, start, out).result()
+    except (ValueError, OSError, CheckpointError) as e:
+        return e
+    return None
+
+
+def _keys_within(manifest: Manifest, index: int, low: int, high: int) -> list[str]:
+    """Return the tensors with bytes in ``low:high`` of a file."""
+    keys = []
+    for key, entry in manifest.tensors.items():
+        width = getattr(torch, entry.dtype).itemsize
+        for file, start, _, shape in entry.chunks:
+            if file == index and start < high and start + prod(shape) * width > low:
+                keys.append(key)
+                break
+    return keys

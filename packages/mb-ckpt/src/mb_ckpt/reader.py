@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill pieces of any layout from a step of any other: which bytes to read, then reading them."""
+
+from __future__ import annotations
+
+import difflib
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from mb_ckpt.boxes import Box, cut, extent, strides
+from mb_ckpt.catalogue import step_name
+from mb_ckpt.errors import CheckpointError, CorruptCheckpointError, storage_error
+from mb_ckpt.staging import ALIGNMENT, bits
+from mb_ckpt.tensorstore_io import INNER_BYTES, open_array, shard_bytes, start_read
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from mb_ckpt.interfaces import Store
+    from mb_ckpt.manifest import Chunk, Manifest, TensorEntry
+    from mb_ckpt.state import Piece
+
+READ_BYTES = 16 << 20
+"""Most bytes in one read; up to `_IN_FLIGHT` reads are under way at a time."""
+_IN_FLIGHT = 4
+_MANY_CHUNKS = 16
+
+
+@frozen(eq=False)
+class Segment:
+    """One run of bytes in a file, and the part of a tensor that gets values from it.
+
+    Attributes:
+        key: Of the tensor.
+        file: Index of the file.
+        start, stop: Bytes.
+        strides: Of the part within the run, in elements.
+        target: Where the values go.
+    """
+
+    key: str
+    file: int
+    start: int
+    stop: int
+    strides: tuple[int, ...]
+    target: Tensor
+
+    def direct(self) -> Tensor | None:
+        """Return the target as bytes if the run can be read straight into it."""
+        dense = self.strides == strides(tuple(self.target.shape))
+        wide = self.stop - self.start >= INNER_BYTES
+        if wide and dense and self.target.is_contiguous() and self.target.device.type == "cpu":
+            return self.target.view(-1).view(torch.uint8)
+        return None
+
+    def scatter(self, run: Tensor) -> None:
+        """Copy the values from *run*, the bytes ``start:stop``."""
+        target = bits(self.target)
+        values = run.view(target.dtype)
+        target.copy_(values.as_strided(target.shape, self.strides, values.storage_offset()))
+
+
+@frozen(eq=False)
+class Read:
+    """Segments of one file that are read together, as the bytes ``start:stop``."""
+
+    file: int
+    start: int
+    stop: int
+    segments: list[Segment]
+
+
+def check(manifest: Manifest, pieces: Iterable[Piece], place: str) -> None:
+    """Refuse *pieces* that are not in the step as they are wanted, before anything is changed.
+
+    Raises:
+        CheckpointError: Names all missing keys, or all wrong shapes and dtypes.
+    """
+    missing = [piece.key for piece in pieces if piece.key not in manifest.tensors]
+    if missing:
+        near = difflib.get_close_matches(missing[0], manifest.tensors, n=1, cutoff=0.5)
+        hint = f"; nearest to the first is {near[0]!r}" if near else ""
+        raise CheckpointError(
+            f"{place} lacks {listing(missing)}{hint}; load with the model that was saved, or ask "
+            "for fewer keys"
+        )
+    wrong = []
+    for piece in pieces:
+        entry = manifest.tensors[piece.key]
+        if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
+            stored = f"{entry.dtype}{list(entry.shape)}"
+            wrong.append(f"{piece.key} is {stored} there, {piece.dtype}{list(piece.shape)} here")
+    if wrong:
+        raise CheckpointError(f"{place} does not fit: {listing(wrong)}")
+
+
+def listing(names: list[str], most: int = 10) -> str:
+    """Return *names* for a message, the first *most* of them and how many more there are."""
+    names = list(dict.fromkeys(names))
+    text = ", ".join(names[:most])
+    return f"{text} and {len(names) - most} more" if len(names) > most else text
+
+
+def fill(store: Store, manifest: Manifest, pieces: list[Piece]) -> None:
+    """Write the stored values into the data of *pieces*, which `check` has passed.
+
+    Raises:
+        CorruptCheckpointError: If stored bytes are damaged or missing; names tensor and file.
+    """
+    segments = [s for piece in pieces for s in _segments(piece, manifest.tensors[piece.key])]
+    _Filling(store, manifest).run(_reads(segments))
+
+
+def _buffer() -> Tensor:
+    return torch.empty(READ_BYTES + ALIGNMENT, dtype=torch.uint8)
+
+
+@define(eq=False)
+class _Filling:
+    """One load going on: open arrays, reads under way and buffers at rest."""
+
+    store: Store
+    manifest: Manifest
+    arrays: dict[int, Any] = field(factory=dict)
+    buffers: list[Tensor] = field(factory=list)
+    pending: deque[tuple[Read, Any, Tensor | None]] = field(factory=deque)
+
+    def run(self, reads: Iterable[Read]) -> None:
+        """Carry out *reads*, a few at a time."""
+        try:
+            for read in reads:
+                if len(self.pending) >= _IN_FLIGHT:
+                    self._finish()
+                self._start(read)
+            while self.pending:
+                self._finish()
+        finally:
+            for _, future, _ in self.pending:  # they write into memory about to be freed
+                future.exception()
+
+    def _start(self, read: Read) -> None:
+        if read.file not in self.arrays:
+            self.arrays[read.file] = open_file(self.store, self.manifest, read.file)
+        out = read.segments[0].direct() if len(read.segments) == 1 else None
+        buffer = None
+        if out is None:
+            buffer = self.buffers.pop() if self.buffers else _buffer()
+            out = buffer[: read.stop - read.start]
+        future = start_read(self.arrays[read.file], read.start, out.numpy())
+        self.pending.append((read, future, buffer))
+
+    def _finish(self) -> None:
+        """Wait for the oldest read, hand out what it brought and keep its buffer."""
+        read, future, buffer = self.pending.popleft()
+        try:
+            future.result()
+        except (ValueError, OSError):
+            # Again one by one: the message names the tensor, and damage beside them is none.
+            for segment in read.segments:
+                self._read_alone(segment)
+        else:
+            if buffer is not None:
+                for s in read.segments:
+                    s.scatter(buffer[s.start - read.start : s.stop - read.start])
+        if buffer is not None:
+            self.buffers.append(buffer)
+
+    def _read_alone(self, segment: Segment) -> None:
+        first = segment.start - segment.start % ALIGNMENT
+        out = torch.empty(segment.stop - first, dtype=torch.uint8)
+        try:
+            start_read(self.arrays[segment.file], first, out.numpy()).result()
+        except (ValueError, OSError) as e:
+            path = f"{self.store.url}/{data_path(self.manifest, segment.file)}"
+            nbytes = self.manifest.files[segment.file].nbytes
+            raise damage(path, nbytes, segment.start, [segment.key], e) from e
+        segment.scatter(out[segment.start - first :])
+
+
+def open_file(store: Store, manifest: Manifest, index: int) -> Any:
+    """Return the packed array of one rank, as tensorstore opens it."""
+    file = manifest.files[index]
+    return open_array(store.kvstore, data_path(manifest, index), file.nbytes)
+
+
+def data_path(manifest: Manifest, index: int) -> str:
+    """Return where a file is, from the root of the store."""
+    return f"{step_name(manifest.step)}/{manifest.data}/{manifest.files[index].path}"
+
+
+def damage(
+    path: str, nbytes: int, start: int, keys: list[str], error: Exception
+) -> CheckpointError:
+    """Return the error for bytes that cannot be read; it names what is lost.
+
+    Args:
+        path: Of the array.
+        nbytes: Of the array.
+        start: First byte of the damaged place.
+        keys: Tensors with bytes there.
+        error: As tensorstore has it.
+    """
+    names = f"tensor {listing([repr(key) for key in keys])}" if keys else "no tensor"
+    text = str(error)
+    if "DATA_LOSS" in text or "NOT_FOUND" in text or "OUT_OF_RANGE" in text:
+        kind = "missing" if "is missing" in text else "corrupt"
+        return CorruptCheckpointError(
+            f"{path}/c/{start // shard_bytes(nbytes)} is {kind}, it holds {names}: load "
+            f"another step ({text.split(' [', maxsplit=1)[0]})"
+        )
+    return storage_error(f"reading {names} from {path}", error)
+
+
+def _segments(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
+    """Yield the runs of bytes that together fill *piece*."""
+    width = piece.data.element_size()
+    gap, limit = INNER_BYTES // width, READ_BYTES // width
+    for box, view in piece.views():
+        found = 0
+        for chunk in _near(box, entry.chunks):
+            file, first, offset, shape = chunk
+            common = box.intersect(Box(offset, shape))
+            if common is None:
+                continue
+            found += common.volume
+            stride = strides(shape)
+            for part in cut(
+                Box(common.relative_to(offset), common.shape), stride, gap=gap, limit=limit
+            ):
+                skipped = sum(o * s for o, s in zip(part.offset, stride, strict=True))
+                start = first + skipped * width
+                here = tuple(
+                    p + o - b for p, o, b in zip(part.offset, offset, box.offset, strict=True)
+                )
+                yield Segment(
+                    key=piece.key,
+                    file=file,
+                    start=start,
+                    stop=start + extent(part.shape, stride) * width,
+                    strides=stride,
+                    target=_narrow(view, Box(here, part.shape)),
+                )
+        if found != box.volume:
+            raise CorruptCheckpointError(
+                f"tensor {piece.key!r}: the manifest holds {found} of the {box.volume} elements at "
+                f"{box.offset}: load another step"
+            )
+
+
+def _near(box: Box, chunks: tuple[Chunk, ...]) -> Iterable[Chunk]:
+    """Return the chunks that may meet *box*."""
+    if len(chunks) < _MANY_CHUNKS or not box.shape:
+        return chunks
+    low = np.array([offset for _, _, offset, _ in chunks])
+    high = low + np.array([shape for _, _, _, shape in chunks])
+    start = np.array(box.offset)
+    meets = ((low < start + np.array(box.shape)) & (high > start)).all(axis=1)
+    return [chunks[i] for i in np.flatnonzero(meets)]
+
+
+def _narrow(view: Tensor, box: Box) -> Tensor:
+    if tuple(view.shape) == box.shape:
+        return view
+    return view[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
+
+
+def _reads(segments: list[Segment]) -> Iterator[Read]:
+    """Yield reads in the order of the files, neighbouring segments together."""
+    together: list[Segment] = []
+    file = start = stop = 0
+    for segment in sorted(segments, key=lambda s: (s.file, s.start)):
+        if segment.direct() is not None:
+            yield Read(segment.file, segment.start, segment.stop, [segment])
+            continue
+        far = segment.file != file or segment.start - stop >= INNER_BYTES
+        if together and (far or segment.stop - start > READ_BYTES):
+            yield Read(file, start, stop, together)
+            together = []
+        if not together:
+            file, start, stop = segment.file, segment.start - segment.start % ALIGNMENT, 0
+        together.append(segment)
+        stop = max(stop, segment.stop)
+    if together:
+        yield Read(file, start, stop, together)
