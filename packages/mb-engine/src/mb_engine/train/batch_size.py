@@ -81,6 +81,8 @@ class BatchSizeSchedule:
     def from_config(cls, config: ConfigContainer) -> BatchSizeSchedule:
         """Return the schedule of a resolved *config* (``finalize`` has been called)."""
         train = config.train
+        assert train.global_batch_size is not None, "the configuration is not resolved"
+        assert train.data_parallel_size is not None, "the configuration is not resolved"
         return cls(
             target_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,

@@ -121,6 +121,9 @@ class Schedule:
         """Return the schedule of a resolved *config* (``finalize`` has been called)."""
         optimizer, scheduler = config.optimizer, config.scheduler
         decay = optimizer.weight_decay
+        assert scheduler.lr_warmup_steps is not None, "the configuration is not resolved"
+        assert scheduler.lr_decay_steps is not None, "the configuration is not resolved"
+        assert scheduler.wd_incr_steps is not None, "the configuration is not resolved"
         start, end = scheduler.start_weight_decay, scheduler.end_weight_decay
         return cls(
             max_lr=optimizer.lr,
