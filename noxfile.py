@@ -57,8 +57,6 @@ def find_python() -> str | None:
     probe = [name or "", "-c", "import sys, ssl, zlib; sys.exit(sys.version_info[:2] != (3, 11))"]
     if name and subprocess.run(probe, capture_output=True, check=False).returncode == 0:
         return "3.11"
-    if sys.version_info[:2] < (3, 11):
-        sys.exit("These packages need Python 3.11 or newer; run nox with it: python3.11 -m nox")
     return None
 
 
@@ -67,6 +65,7 @@ BUILT: set[str] = set()
 per_package = nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
 
 nox.needs_version = ">=2024.10"
+nox.options.default_venv_backend = "virtualenv"  # its environments have pip, those of uv do not
 nox.options.error_on_external_run = True
 nox.options.sessions = [
     "lint",
@@ -167,15 +166,13 @@ def install(session: nox.Session, *requirements: str, group: str = "", tools: st
         others += more
         for name, extras in found.items():
             local.setdefault(name, set()).update(extras)
-    # Byte-compiling all of torch takes longer than everything else here.
-    session.env.update({"PIP_NO_COMPILE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     if any("torch" in needs(name) for name in local):
         install_torch(session)
     files = [f"{wheel(session, n)}[{','.join(sorted(x))}]" for n, x in sorted(local.items())]
     files = [file.removesuffix("[]") for file in files]
     # A reused environment would keep an older wheel of the same version.
     session.run_install("python", "-m", "pip", "uninstall", "-yq", *PACKAGES, silent=True)
-    session.install("-c", str(CONSTRAINTS), *files, *others)
+    session.install("--no-compile", "-c", str(CONSTRAINTS), *files, *others)
 
 
 def needs(name: str) -> set[str]:
@@ -187,7 +184,9 @@ def install_torch(session: nox.Session) -> None:
     """Install the pinned torch from the index that fits the machine."""
     index = torch_index()
     # --no-deps: that index serves torch alone; the next call of pip brings what torch requires.
-    session.install("--no-deps", *(["--index-url", index] if index else []), pinned("torch"))
+    # --no-compile: byte-compiling all of torch takes longer than unpacking it.
+    options = ["--no-deps", "--no-compile", *(["--index-url", index] if index else [])]
+    session.install(*options, pinned("torch"))
 
 
 # Checks without tests
@@ -209,10 +208,9 @@ def lint(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def typing(session: nox.Session) -> None:
     """Check types with mypy, strictly."""
-    session.env["PIP_NO_COMPILE"] = "1"
     install_torch(session)
     tools = ("attrs", "cattrs", "mypy", "numpy", "types-PyYAML", "torch")
-    session.install("-c", str(CONSTRAINTS), *tools)
+    session.install("--no-compile", "-c", str(CONSTRAINTS), *tools)
     for path in SOURCES.values():
         session.run("mypy", *(session.posargs or [str(path)]))
         if session.posargs:
