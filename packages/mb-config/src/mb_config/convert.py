@@ -57,6 +57,8 @@ def converter() -> cattrs.Converter:
     for protocol in VARIANTS:
         made.register_structure_hook(protocol, _structure_variant)
     made.register_structure_hook_func(_is_plain, _structure_plain)
+    for scalar in (int, float, str, bool):
+        made.register_structure_hook(scalar, _structure_plain)
     made.register_structure_hook_func(_has_optional_section, _structure_optional)
     made.register_structure_hook_factory(attrs.has, lambda cls: functools.partial(_structure, cls))
     made.register_structure_hook(Path, lambda value, _: Path(_structure_plain(value, str)))
@@ -67,7 +69,7 @@ def converter() -> cattrs.Converter:
 
 def _is_plain(hint: Any) -> bool:
     """Return whether ``problem`` can judge *hint* on its own."""
-    if hint is Any or hint in (int, float, str, bool):
+    if hint is Any:
         return True
     if getattr(hint, "__origin__", None) is not None or is_union(hint):
         args = [a for a in getattr(hint, "__args__", ()) if a is not type(None)]
