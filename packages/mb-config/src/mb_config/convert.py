@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import attrs
 import cattrs
@@ -46,7 +46,7 @@ def _below(name: str, violation: Violation) -> Violation:
 
 def variant_of(hint: Any) -> type | None:
     """Return the protocol of a tagged union that *hint* is or contains."""
-    options = getattr(hint, "__args__", ()) if is_union(hint) else (hint,)
+    options = get_args(hint) if is_union(hint) else (hint,)
     return next((o for o in options if o in VARIANTS), None)
 
 
@@ -68,14 +68,11 @@ def converter() -> cattrs.Converter:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Return whether ``problem`` can judge *hint* on its own."""
-    if hint is Any:
+    """Return whether *hint* is made of scalars, lists, dicts and choices alone."""
+    if hint in (Any, int, float, str, bool, type(None)) or get_origin(hint) is Literal:
         return True
-    if getattr(hint, "__origin__", None) is not None or is_union(hint):
-        args = [a for a in getattr(hint, "__args__", ()) if a is not type(None)]
-        return all(not isinstance(a, type) or a in (int, float, str, bool) for a in args) and all(
-            _is_plain(a) for a in args if getattr(a, "__origin__", None) or is_union(a)
-        )
+    if get_origin(hint) in (list, tuple, dict) or is_union(hint):
+        return all(map(_is_plain, get_args(hint)))
     return False
 
 
@@ -84,7 +81,7 @@ def _has_optional_section(hint: Any) -> bool:
 
 
 def _sections(hint: Any) -> list[Any]:
-    return [a for a in hint.__args__ if isinstance(a, type)]
+    return [a for a in get_args(hint) if isinstance(a, type)]
 
 
 def _structure_plain(value: Any, hint: Any) -> Any:
