@@ -183,7 +183,8 @@ def stream(
         )
         if consumed_samples + batch_size > begin + len(ahead.index):
             begin = consumed_samples
-            block = np.arange(begin, begin + max(batch_size, _READ_AHEAD), dtype=np.int64)
+            length = max(batch_size, min(_READ_AHEAD, order.epoch_size))
+            block = np.arange(begin, begin + length, dtype=np.int64)
             ahead = order.at(block)
         for row in positions - begin:
             yield Samples(ahead.index[row], ahead.epoch[row])
