@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from mb_ckpt import manifest as format_
-from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
+from mb_ckpt.errors import CheckpointError, CorruptCheckpointError, storage_error
 from mb_ckpt.manifest import MANIFEST, Manifest
 from mb_ckpt.tensorstore_io import get
 
@@ -26,9 +26,12 @@ def step_name(step: int) -> str:
 
 def directories(store: Store) -> dict[int, list[str]]:
     """Return the names in the directory of every step, committed or not, by step, ascending."""
-    matches = (_STEP.fullmatch(name) for name in store.names(""))
-    steps = sorted(int(match[1]) for match in matches if match)
-    return {step: store.names(step_name(step)) for step in steps}
+    try:
+        matches = (_STEP.fullmatch(name) for name in store.names(""))
+        steps = sorted(int(match[1]) for match in matches if match)
+        return {step: store.names(step_name(step)) for step in steps}
+    except (OSError, ValueError) as e:
+        raise storage_error(f"listing {store.url}", e) from e
 
 
 def committed(store: Store) -> list[int]:
@@ -87,7 +90,10 @@ def where(store: Store, step: int) -> str:
 
 
 def _raw(store: Store, step: int) -> bytes:
-    return get(store.kvstore, f"{step_name(step)}/{MANIFEST}") or b""
+    try:
+        return get(store.kvstore, f"{step_name(step)}/{MANIFEST}") or b""
+    except (OSError, ValueError) as e:
+        raise storage_error(f"reading {where(store, step)}", e) from e
 
 
 def _offer(present: list[int]) -> str:

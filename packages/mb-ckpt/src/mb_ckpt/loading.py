@@ -41,8 +41,7 @@ def load(store: Store, manifest: Manifest, state: Mapping[str, Any]) -> dict[str
 def _check_keys(manifest: Manifest, module: Stateful, pieces: list[Piece], place: str) -> None:
     """Refuse a module that is not the one that was saved: neither less nor more."""
     prefix = ".".join((*module.path, ""))
-    tree = plain_tree.find(manifest.tree, module.path)
-    stored = set(plain_tree.tensor_keys(tree) if tree is not plain_tree.ABSENT else ())
+    stored = {key for key in manifest.tensors if key.startswith(prefix)}
     wanted = {piece.key for piece in pieces if piece.plain and piece.key.startswith(prefix)}
     if stored == wanted:
         return
@@ -73,6 +72,6 @@ def _empty(manifest: Manifest, key: str) -> torch.Tensor:
 def _load_extra(manifest: Manifest, module: Stateful) -> None:
     """Give a module the plain data of its state (``get_extra_state``); its tensors are filled."""
     tree = plain_tree.find(manifest.tree, module.path)
-    plain = plain_tree.decode(tree)
+    plain = None if tree is plain_tree.ABSENT else plain_tree.decode(tree)
     if plain:
         module.target.load_state_dict({**module.target.state_dict(), **plain})

@@ -57,15 +57,17 @@ def make_checkpointer(config: CheckpointConfig, layout: ProcessLayout) -> RunChe
 
     Reads ``save``, ``load``, ``async_save``, ``async_queue``, ``most_recent_k`` and
     ``save_retain_interval`` of *config*, and the group ``"world"`` of *layout*. Without ``load``,
-    steps are looked up and loaded where they are saved.
+    steps are looked up and loaded where they are saved. ``most_recent_k=-1`` keeps every step,
+    whatever the interval; the newest one is kept even with 0.
     """
     group = layout.groups.get("world")
+    keeps_all = config.most_recent_k < 0
     saves = None
     if config.save is not None:
         saves = CheckpointStore(
             config.save,
-            keep_last=config.most_recent_k if config.most_recent_k > 0 else None,
-            keep_every=config.save_retain_interval,
+            keep_last=None if keeps_all else max(1, config.most_recent_k),
+            keep_every=None if keeps_all else config.save_retain_interval,
             process_group=group,
             async_save=config.async_save,
             on_busy=config.async_queue,

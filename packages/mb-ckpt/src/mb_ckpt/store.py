@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -99,13 +100,12 @@ class CheckpointStore:
                 fails.
             CheckpointBusyError: If an earlier save is going on and ``on_busy="refuse"``.
         """
-        if type(step) is not int or step < 0:
-            raise CheckpointError(f"step={step!r}: expected a whole number from 0 on")
+        step = _whole_number(step)
         self._wait_or_refuse(step)
-        refusal: CheckpointError | None = None
+        refusal: Exception | None = None
         try:
             job = self._stage(step, state)
-        except CheckpointError as e:
+        except Exception as e:
             refusal, job = e, Job(step=step, error=str(e))
             if self._back.size == 1:
                 raise
@@ -217,3 +217,13 @@ class CheckpointStore:
             rows=saver.table_rows(own, starts),
             plain_keys=tuple(p.key for p in flat.pieces if p.plain),
         )
+
+
+def _whole_number(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(step, bool):
+        raise CheckpointError(f"step={step!r}: expected a whole number from 0 on")
+    return number

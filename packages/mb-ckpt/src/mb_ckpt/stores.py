@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -53,8 +54,10 @@ class FileStore:
         temporary.replace(target)
         for directory in target.parents:
             _sync_directory(directory)
-            if directory == self.root.parent:
+            if directory == self.root:
                 break
+        with suppress(PermissionError):  # one may write in a directory without reading its parent
+            _sync_directory(self.root.parent)
 
     def remove(self, path: str) -> None:
         """See `Store.remove`."""
