@@ -56,7 +56,6 @@ def connect_schedule(config: ConfigContainer, chunks: list[Any], optimizer: Any)
 
     if ddp.overlap_grad_reduce:
         model_config.no_sync_func = per_chunk("no_sync")
-        if ddp.align_grad_reduce:
-            model_config.grad_sync_func = per_chunk("start_grad_sync")
+        model_config.grad_sync_func = per_chunk("start_grad_sync")
     if ddp.overlap_param_gather and ddp.align_param_gather:
         model_config.param_sync_func = per_chunk("start_param_sync")

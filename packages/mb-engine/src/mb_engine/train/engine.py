@@ -265,6 +265,13 @@ class Engine:
             self.optimizer.reload_model_params()
         self._restore(run, random_states, weights_only=weights_only)
 
+    def parameters_norm(self) -> float:
+        """Return the L2 norm of the whole model's parameters."""
+        from mb_engine.parallel.parameters import parameters_norm
+
+        with self.synced_parameters():
+            return parameters_norm(self.model)
+
     def close(self) -> None:
         """Leave the process groups."""
         from mb_engine.runtime.distributed import shutdown

@@ -202,7 +202,10 @@ class _Job:
                     weights_only=checkpoint.finetune,
                 )
                 return
-            if parts.initial is None or checkpoint.exit_on_missing_checkpoint:
+            # A run that resumes from its own folder finds nothing there the first time; any other
+            # empty folder is a mistake.
+            own = checkpoint.load == checkpoint.save or parts.initial is not None
+            if checkpoint.exit_on_missing_checkpoint or not own:
                 raise EngineError(
                     f"{where} holds no complete checkpoint; name a folder that has one, or leave"
                     " checkpoint.load out to start from scratch"

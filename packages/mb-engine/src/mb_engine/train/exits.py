@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from attrs import define, field
@@ -43,7 +43,7 @@ class ExitConditions:
     _flags: torch.Tensor = field(init=False, factory=lambda: torch.zeros(1, dtype=torch.int32))
     _work: Any = field(default=None, init=False)
 
-    def __enter__(self) -> ExitConditions:
+    def __enter__(self) -> Self:
         """Install the signal handler and make the group that shares the flags."""
         train = self.config.train
         if train.exit_signal_handler:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from attrs import define, field
@@ -14,6 +15,8 @@ from attrs import define, field
 from mb_engine.errors import EngineError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mb_config import ConfigContainer
 
     from mb_engine.train.engine import Engine
@@ -34,7 +37,7 @@ class Housekeeping:
     engine: Engine
     _profiler: Any = field(default=None, init=False)
 
-    def __enter__(self) -> Housekeeping:
+    def __enter__(self) -> Self:
         """Take over garbage collection where asked: ranks that collect together wait together."""
         if self.config.train.manual_gc:
             gc.disable()
@@ -75,6 +78,17 @@ class Housekeeping:
         interval = train.check_weight_hash_across_dp_replicas_interval
         if interval and step % interval == 0:
             self._check_replicas(step)
+
+    @contextmanager
+    def around_evaluation(self) -> Iterator[None]:
+        """Collect garbage on all ranks together before and after an evaluation, where asked."""
+        collect = self.config.train.manual_gc and self.config.train.manual_gc_eval
+        if collect:
+            gc.collect()
+        yield
+        if collect:
+            # What an evaluation leaves is young.
+            gc.collect(generation=0)
 
     def _check_replicas(self, step: int) -> None:
         from megatron.core.utils import check_param_hashes_across_dp_replicas

@@ -7,6 +7,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from attrs import define, field
 
 from mb_engine.errors import NumericsError
@@ -77,7 +78,8 @@ class TrainLoop:
                 if len(self._meter) and (reason or step % config.logger.log_interval == 0):
                     self._report()
                 if self._due(step) and reason is None:
-                    self.evaluate()
+                    with housekeeping.around_evaluation():
+                        self.evaluate()
                 housekeeping.after_step(step)
                 self._save_if_due(step, ending=reason is not None)
         return reason
@@ -123,6 +125,12 @@ class TrainLoop:
         engine = self.engine
         size = self.batch_sizes.global_batch_size(engine.progress.consumed_samples)
         event = self._meter.event(engine.progress, global_batch_size=size)
+        logger_config = engine.config.logger
+        if logger_config.log_params_norm:
+            norm = engine.parameters_norm()
+            event = attrs.evolve(event, metrics={**event.metrics, "params_norm": norm})
+        if not logger_config.log_throughput:
+            event = attrs.evolve(event, tokens_per_second=0.0, tflops_per_device=0.0)
         self.emit(event)
         if engine.config.train.check_for_nan_in_loss and not math.isfinite(event.loss):
             self._refuse("loss", event.loss)

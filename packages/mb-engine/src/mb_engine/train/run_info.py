@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from mb_config.records import RunInfo
 
+from mb_engine.parallel.parameters import count_parameters
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
     from mb_engine.train.engine import Engine
 
 _REPORTED = (
@@ -48,21 +46,6 @@ def run_info(engine: Engine) -> RunInfo:
         flops_per_token=flops_per_token(config),
         versions=installed_versions(),
     )
-
-
-def count_parameters(chunks: Sequence[nn.Module]) -> int:
-    """Return the parameters of the whole model, each counted once; all ranks call it together.
-
-    Ranks that hold a copy of a piece do not count it, so the sum over all ranks is the model.
-    """
-    from mb_engine.parallel.shards import model_shards
-
-    own = sum(s.data.numel() for s in model_shards(chunks) if s.replica_id == 0)
-    device = next((p.device for c in chunks for p in c.parameters()), torch.device("cpu"))
-    total = torch.tensor(own, dtype=torch.int64, device=device)
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    return int(total)
 
 
 def describe_device(device: str) -> str:

@@ -259,7 +259,7 @@ class ParamScheduler:
         for group, schedule in zip(groups, self._group_schedules, strict=True):
             rate = schedule.learning_rate(self.num_steps)
             decay = schedule.weight_decay(self.num_steps)
-            group["lr"] = rate * group.get("lr_mult", 1.0)
+            _write(group, "lr", rate * group.get("lr_mult", 1.0))
             group["weight_decay"] = decay * group.get("wd_mult", 1.0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,6 +304,14 @@ class ParamScheduler:
         ]
         if broken:
             raise ConfigError.from_violations(broken)
+
+
+def _write(group: dict[str, Any], name: str, value: float) -> None:
+    """Set a number of *group*, in place where it is a tensor that a captured CUDA graph reads."""
+    if hasattr(group.get(name), "fill_"):
+        group[name].fill_(value)
+    else:
+        group[name] = value
 
 
 def build_scheduler(config: ConfigContainer, optimizer: HasParamGroups) -> ParamScheduler:
