@@ -10,9 +10,11 @@ from itertools import product
 from types import SimpleNamespace
 
 import pytest
+import torch
 from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mb_config import ConfigContainer
 from mb_config.errors import ConfigError
 from mb_engine.runtime.megatron_cpu import install
 from mb_engine.train.schedule import LR_STYLES, ParamScheduler, Schedule, build_scheduler
@@ -168,6 +170,17 @@ def test_lr_mult_scales_the_learning_rate_of_its_group():
     assert [g["lr"] for g in scheduler.optimizer.param_groups] == [1.0, 0.25]
 
 
+def test_a_learning_rate_that_is_a_tensor_is_written_in_place():
+    held = torch.tensor(0.0, dtype=torch.float64)
+    scheduler = ParamScheduler(
+        optimizer=optimizer({"lr": held}),
+        schedule=Schedule(max_lr=1.0, lr_decay_steps=10, lr_decay_style="linear"),
+    )
+    scheduler.step(4)
+    assert scheduler.optimizer.param_groups[0]["lr"] is held
+    assert held.item() == pytest.approx(0.6)
+
+
 BASE = Schedule(
     max_lr=1e-3,
     min_lr=1e-4,
@@ -292,23 +305,12 @@ def test_contradicting_values_are_refused_by_field(change, message):
 
 
 def test_a_resolved_config_becomes_its_schedule():
-    config = SimpleNamespace(
-        optimizer=SimpleNamespace(lr=1e-3, min_lr=1e-4, weight_decay=0.1),
-        scheduler=SimpleNamespace(
-            lr_warmup_init=0.0,
-            lr_warmup_steps=10,
-            lr_decay_steps=100,
-            lr_decay_style="cosine",
-            wsd_decay_steps=None,
-            lr_wsd_decay_style="exponential",
-            start_weight_decay=None,
-            end_weight_decay=None,
-            wd_incr_steps=100,
-            weight_decay_incr_style="constant",
-            override_opt_param_scheduler=True,
-            use_checkpoint_opt_param_scheduler=False,
-        ),
-    )
+    config = ConfigContainer()
+    config.optimizer.lr, config.optimizer.min_lr, config.optimizer.weight_decay = 1e-3, 1e-4, 0.1
+    config.scheduler.lr_decay_style = "cosine"
+    config.scheduler.lr_warmup_steps = 10
+    config.scheduler.lr_decay_steps = config.scheduler.wd_incr_steps = 100
+    config.scheduler.override_opt_param_scheduler = True
     scheduler = build_scheduler(config, optimizer())
     assert scheduler.schedule == BASE
     assert scheduler.override_opt_param_scheduler

@@ -11,32 +11,15 @@ float64 and is one increment late where ``c * n / samples`` is an integer that f
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 from attrs.validators import ge
 from mb_config.errors import ConfigError, Violation
+from mb_config.ramp import Ramp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mb_config import ConfigContainer
-
-
-class Stage(NamedTuple):
-    """A run of steps of one batch size.
-
-    Attributes:
-        first_step: Steps done before it.
-        first_sample: Samples consumed before it.
-        batch_size: Samples a step.
-        steps: Steps it lasts; None for the last stage, which has no end.
-    """
-
-    first_step: int
-    first_sample: int
-    batch_size: int
-    steps: int | None
 
 
 def _tuple(value: list[int] | tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -66,16 +49,24 @@ class BatchSizeSchedule:
     data_parallel_size: int = field(default=1, validator=ge(1))
     rampup_batch_size: tuple[int, ...] | None = field(default=None, converter=_tuple)
     decrease_batch_size_if_needed: bool = False
+    _ramp: Ramp = field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         if self.rampup_batch_size is not None:
             self._check_rampup(self.rampup_batch_size)
-        sizes = [self.nominal_batch_size(c) for c in self._stage_starts()]
-        for size in sizes:
-            if self._running(size) == 0 or (
-                size % self.samples_per_microstep and not self.decrease_batch_size_if_needed
-            ):
+        start, increment, samples = self.rampup_batch_size or (self.target_batch_size, 1, 0)
+        unit = self.samples_per_microstep
+        ramp = Ramp(
+            target=self.target_batch_size,
+            start=start,
+            increment=increment,
+            samples=samples,
+            multiple=unit if self.decrease_batch_size_if_needed else 1,
+        )
+        for size in ramp.sizes():
+            if size < unit or (size % unit and not self.decrease_batch_size_if_needed):
                 raise self._indivisible(size)
+        object.__setattr__(self, "_ramp", ramp)
 
     @classmethod
     def from_config(cls, config: ConfigContainer) -> BatchSizeSchedule:
@@ -96,56 +87,21 @@ class BatchSizeSchedule:
         """Samples of one micro-batch over all data-parallel ranks."""
         return self.micro_batch_size * self.data_parallel_size
 
-    def nominal_batch_size(self, consumed_samples: int) -> int:
-        """Return the batch size asked for after *consumed_samples*, before any rounding."""
-        if self.rampup_batch_size is None:
-            return self.target_batch_size
-        start, increment, samples = self.rampup_batch_size
-        if consumed_samples >= samples:
-            return self.target_batch_size
-        increments = (self.target_batch_size - start) // increment
-        return start + increment * (consumed_samples * increments // samples)
-
     def global_batch_size(self, consumed_samples: int) -> int:
-        """Return the samples that the step after *consumed_samples* really takes."""
-        return self._running(self.nominal_batch_size(consumed_samples))
+        """Return the samples of the step that begins after *consumed_samples*, over all ranks."""
+        return self._ramp.batch_at(consumed_samples)
 
     def num_microbatches(self, consumed_samples: int) -> int:
-        """Return the micro-batches a rank runs in the step after *consumed_samples*."""
+        """Return the micro-batches a rank runs in the step that begins after *consumed_samples*."""
         return self.global_batch_size(consumed_samples) // self.samples_per_microstep
-
-    def stages(self) -> Iterator[Stage]:
-        """Yield the stages of constant batch size in order; the last one has no end."""
-        step = consumed = 0
-        starts = [*self._stage_starts()[1:], None]
-        size = self.global_batch_size(0)
-        first_step, first_sample = step, consumed
-        for threshold in starts:
-            if threshold is None:
-                yield Stage(first_step, first_sample, size, None)
-                return
-            # a step may pass the threshold, or several at once: the size changes between steps
-            steps = max(0, -(-(threshold - consumed) // size))
-            step, consumed = step + steps, consumed + steps * size
-            following = self.global_batch_size(consumed)
-            if following != size:
-                yield Stage(first_step, first_sample, size, step - first_step)
-                first_step, first_sample, size = step, consumed, following
 
     def samples_at_iteration(self, iteration: int) -> int:
         """Return the samples consumed by the first *iteration* steps."""
-        stage = next(
-            s for s in self.stages() if s.steps is None or iteration < s.first_step + s.steps
-        )
-        return stage.first_sample + (iteration - stage.first_step) * stage.batch_size
+        return self._ramp.samples_after(iteration)
 
     def iterations_for_samples(self, samples: int) -> int:
         """Return how many whole steps fit into *samples*; a partial last batch is left out."""
-        for stage in self.stages():
-            last = stage.first_step + (samples - stage.first_sample) // stage.batch_size
-            if stage.steps is None or last < stage.first_step + stage.steps:
-                return max(0, last)
-        raise AssertionError  # the last stage has no end
+        return self._ramp.steps_within(samples)
 
     def iterations_for_epochs(self, num_epochs: float, dataset_samples: int) -> int:
         """Return the steps of *num_epochs* over *dataset_samples*, a partial batch counted whole.
@@ -158,19 +114,6 @@ class BatchSizeSchedule:
         wanted = math.ceil(num_epochs * dataset_samples)
         iterations = self.iterations_for_samples(wanted)
         return iterations + (self.samples_at_iteration(iterations) < wanted)
-
-    def _running(self, size: int) -> int:
-        if self.decrease_batch_size_if_needed:
-            return size - size % self.samples_per_microstep
-        return size
-
-    def _stage_starts(self) -> list[int]:
-        """Return the consumed samples at which each nominal size begins."""
-        if self.rampup_batch_size is None or self.rampup_batch_size[2] == 0:
-            return [0]
-        start, increment, samples = self.rampup_batch_size
-        increments = (self.target_batch_size - start) // increment
-        return [-(-k * samples // increments) for k in range(increments + 1)] if increments else [0]
 
     def _check_rampup(self, rampup: tuple[int, ...]) -> None:
         if (
