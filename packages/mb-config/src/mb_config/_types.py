@@ -122,6 +122,8 @@ def adapt(value: Any, hint: Any) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
     if origin is tuple and isinstance(value, list):
         return tuple(value)
     if origin is list and isinstance(value, list | tuple):

@@ -24,7 +24,7 @@ VARIANTS: dict[type, tuple[str, str]] = {
     DatasetConfig: ("mb.dataset_configs", "text"),
     PEFTConfig: ("mb.peft_configs", "lora"),
 }
-"""Tagged unions: their protocol, and the entry-point group of their variants and an example."""
+"""Tagged unions: their protocol, the entry-point group of their variants, the first to take."""
 
 
 class _Problems(Exception):  # noqa: N818 - never leaves this module
@@ -107,8 +107,14 @@ def _structure_variant(value: Any, protocol: type) -> Any:
     known = ", ".join(plugins.names(group))
     if "type" not in value:
         raise _Problems(
-            [Violation(field="type", value="missing", rule=f"must be one of {known}",
-                       remedy=f"add 'type: {example}'")]
+            [
+                Violation(
+                    field="type",
+                    value="missing",
+                    rule=f"must be one of {known}",
+                    remedy=f"add 'type: {example}'",
+                )
+            ]
         )
     tag = value["type"]
     try:
@@ -147,7 +153,7 @@ def _structure(cls: type, value: Any, _: Any = None) -> Any:
     if found:
         raise _Problems(found)
     try:
-        return cls(**given)
+        return cls(**{name.lstrip("_"): value for name, value in given.items()})
     except ConfigError as error:
         names = [attrs.evolve(v, field=v.field.rpartition(".")[2]) for v in error.violations]
         raise _Problems(names) from error
@@ -164,15 +170,11 @@ def _unknown_key(cls: type, key: str, item: Any) -> Violation:
     remedy = did_you_mean(key, hints(cls))
     if others and not remedy.startswith("did you mean"):
         remedy = f"did you mean {' or '.join(f'{name}.{key}' for name in others)}?"
-    return Violation(
-        field=key, value=show(item), rule=f"unknown key {key!r}{place}", remedy=remedy
-    )
+    return Violation(field=key, value=show(item), rule=f"unknown key {key!r}{place}", remedy=remedy)
 
 
 def _unstructure(section: Any) -> dict[str, Any]:
-    plain = {
-        name: converter().unstructure(getattr(section, name)) for name in hints(type(section))
-    }
+    plain = {name: converter().unstructure(getattr(section, name)) for name in hints(type(section))}
     for group, _ in VARIANTS.values():
         tag = plugins.name_of(group, type(section))
         if tag is not None:

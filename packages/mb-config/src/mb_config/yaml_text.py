@@ -42,9 +42,7 @@ class _Loader(yaml.SafeLoader):
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    if text.startswith("0o"):
-        return int(text[2:], 8)
-    return int(text, 16 if text.startswith("0x") else 10)
+    return int(text, 0 if text.startswith(("0o", "0x")) else 10)
 
 
 _Loader.add_implicit_resolver(f"{_TAG}bool", _BOOL, list("tTfF"))
@@ -84,7 +82,5 @@ def loads(text: str) -> Any:
 
 def dumps(value: Any) -> str:
     """Return *value* as YAML text, in the order of its keys."""
-    text: str = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000
-    )
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000)
     return text

@@ -61,7 +61,8 @@ class ModelConfig:
             micro-batches and ranks does not weigh tokens differently.
         tensor_model_parallel_size: Ranks that share each layer's matrices (TP).
         pipeline_model_parallel_size: Stages the layers are cut into (PP).
-        virtual_pipeline_model_parallel_size: Chunks of layers a stage holds (VPP); null means 1.
+        virtual_pipeline_model_parallel_size: Chunks of layers a stage holds (VPP); null does not
+            interleave.
         num_layers_in_first_pipeline_stage: Layers of the first stage if it is to differ.
         num_layers_in_last_pipeline_stage: Layers of the last stage if it is to differ.
         context_parallel_size: Ranks that share each sequence (CP).
@@ -139,7 +140,7 @@ class ModelConfig:
 
     tensor_model_parallel_size: int = number(1, ge=1)
     pipeline_model_parallel_size: int = number(1, ge=1)
-    virtual_pipeline_model_parallel_size: int | None = number(None, ge=1)
+    virtual_pipeline_model_parallel_size: int | None = number(None, ge=2)
     num_layers_in_first_pipeline_stage: int | None = number(None, ge=1)
     num_layers_in_last_pipeline_stage: int | None = number(None, ge=1)
     context_parallel_size: int = number(1, ge=1)
