@@ -1,61 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration schema, exchange records and plugin lookup for Megatron training; torch-free."""
 
+from mb_config import plugins, sections
 from mb_config.__about__ import __version__
-from mb_config.container import ConfigContainer
+from mb_config.container import ConfigContainer, json_schema
 from mb_config.errors import ConfigError, PluginError, UserError, Violation
-from mb_config.sections import (
-    CheckpointConfig,
-    CommOverlapConfig,
-    CudaGraphConfig,
-    DatasetConfig,
-    DistributedDataParallelConfig,
-    DistributedInitConfig,
-    LoggerConfig,
-    LoRA,
-    MixedPrecisionConfig,
-    MockDatasetConfig,
-    ModelConfig,
-    OffloadConfig,
-    OptimizerConfig,
-    PEFTConfig,
-    ProfilingConfig,
-    RecomputeConfig,
-    RNGConfig,
-    SchedulerConfig,
-    TextDatasetConfig,
-    TokenizerConfig,
-    TrainingConfig,
-    ValidationConfig,
-)
+from mb_config.sections import *  # noqa: F403
 
 __all__ = [
-    "CheckpointConfig",
-    "CommOverlapConfig",
     "ConfigContainer",
     "ConfigError",
-    "CudaGraphConfig",
-    "DatasetConfig",
-    "DistributedDataParallelConfig",
-    "DistributedInitConfig",
-    "LoRA",
-    "LoggerConfig",
-    "MixedPrecisionConfig",
-    "MockDatasetConfig",
-    "ModelConfig",
-    "OffloadConfig",
-    "OptimizerConfig",
-    "PEFTConfig",
     "PluginError",
-    "ProfilingConfig",
-    "RNGConfig",
-    "RecomputeConfig",
-    "SchedulerConfig",
-    "TextDatasetConfig",
-    "TokenizerConfig",
-    "TrainingConfig",
     "UserError",
-    "ValidationConfig",
     "Violation",
     "__version__",
+    "json_schema",
+    "plugins",
 ]
+__all__ += sections.__all__

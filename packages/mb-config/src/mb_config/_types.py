@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import attrs
@@ -21,7 +21,14 @@ SECTION_NAMES: dict[type, str] = {}
 """Where each section class sits in the container, for messages; filled by ``container``."""
 
 _HINTS: dict[type, dict[str, Any]] = {}
-_WORDS = {int: "an int", float: "a number", bool: "true or false", str: "a string"}
+_WORDS: dict[Any, str] = {
+    int: "an int",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+    Any: "plain data",
+}
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _HOLDS = {
     "ge": lambda value, bound: value >= bound,
@@ -38,99 +45,130 @@ def is_union(hint: object) -> bool:
 
 def expected(hint: Any) -> str:
     """Return what *hint* admits in words, such as ``"an int or null"``."""
-    if hint is Any:
-        return "plain data"
-    if hint is type(None):
-        return "null"
     if hint in _WORDS:
         return _WORDS[hint]
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(repr(a) if isinstance(a, str) else str(a) for a in args)
-    if is_union(hint):
-        return " or ".join(expected(a) for a in args)
-    if origin is list:
-        return f"a list with each item {expected(args[0])}"
-    if origin is tuple:
-        return f"a list of {len(args)} items"
-    if origin is dict:
-        return f"a mapping with each value {expected(args[1])}"
-    name: str = getattr(hint, "__name__", str(hint))
-    return f"a {name}"
+    args = get_args(hint)
+    words = _IN_WORDS.get(_kind(hint))
+    if words is not None:
+        return words(args)
+    return f"a {getattr(hint, '__name__', hint)}"
+
+
+def _kind(hint: Any) -> Any:
+    return Union if is_union(hint) else get_origin(hint)
+
+
+_IN_WORDS: dict[Any, Callable[[tuple[Any, ...]], str]] = {
+    Union: lambda args: " or ".join(map(expected, args)),
+    Literal: lambda args: "one of " + ", ".join(map(repr, args)),
+    list: lambda args: f"a list with each item {expected(args[0])}",
+    tuple: lambda args: f"a list of {len(args)} items, each {expected(args[0])}",
+    dict: lambda args: f"a mapping with each value {expected(args[1])}",
+}
 
 
 def _fits_plain(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if value is None or isinstance(value, bool | int):
-        return True
-    if isinstance(value, str):
-        return _encodable(value)
     if isinstance(value, list | tuple):
         return all(map(_fits_plain, value))
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _fits_plain(v) for k, v in value.items())
-    return False
+    if isinstance(value, dict):
+        return all(_fits_text(k) and _fits_plain(v) for k, v in value.items())
+    return value is None or isinstance(value, bool | int) or _fits_float(value) or _fits_text(value)
 
 
-def _encodable(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+def _fits_float(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _fits_text(value: object) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _fits_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _fits_tuple(value: object, args: tuple[Any, ...]) -> bool:
+    if not isinstance(value, tuple) or len(value) != len(args):
+        return False
+    return all(map(fits, value, args))
+
+
+def _fits_dict(value: object, args: tuple[Any, ...]) -> bool:
+    return isinstance(value, dict) and all(
+        _fits_text(k) and fits(v, args[1]) for k, v in value.items()
+    )
+
+
+_FITS: dict[Any, Callable[[object], bool]] = {
+    Any: _fits_plain,
+    int: _fits_int,
+    float: _fits_float,
+    str: _fits_text,
+}
+_FITS_MADE_OF: dict[Any, Callable[[object, tuple[Any, ...]], bool]] = {
+    Union: lambda value, args: any(fits(value, a) for a in args),
+    Literal: lambda value, args: any(type(value) is type(a) and value == a for a in args),
+    list: lambda value, args: isinstance(value, list) and all(fits(v, args[0]) for v in value),
+    tuple: _fits_tuple,
+    dict: _fits_dict,
+}
 
 
 def fits(value: object, hint: Any) -> bool:
     """Return whether *value* is what *hint* admits; bool is no int, nan and inf are no float."""
-    if hint is Any:
-        return _fits_plain(value)
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(type(value) is type(a) and value == a for a in args)
-    if is_union(hint):
-        return any(fits(value, a) for a in args)
-    if origin is list:
-        return isinstance(value, list) and all(fits(v, args[0]) for v in value)
-    if origin is tuple:
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(args)
-            and all(fits(v, a) for v, a in zip(value, args, strict=True))
-        )
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            isinstance(k, str) and _encodable(k) and fits(v, args[1]) for k, v in value.items()
-        )
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, float) and math.isfinite(value)
-    if hint is str:
-        return isinstance(value, str) and _encodable(value)
+    simple = _FITS.get(hint)
+    if simple is not None:
+        return simple(value)
+    made_of = _FITS_MADE_OF.get(_kind(hint))
+    if made_of is not None:
+        return made_of(value, get_args(hint))
     if getattr(hint, "_is_protocol", False):
-        return hasattr(type(value), "__attrs_attrs__")
+        return attrs.has(type(value))
     return isinstance(value, hint)
 
 
 def adapt(value: Any, hint: Any) -> Any:
-    """Return *value* as *hint* keeps it: an int as float where only floats fit, a list as tuple."""
+    """Return *value* as *hint* keeps it, where nothing is lost: 1 as 1.0, 1e9 as int, a list as tuple.
+
+    A value that *hint* does not admit comes back as it is.
+    """
     if fits(value, hint):
         return value
-    if is_union(hint):
-        for option in get_args(hint):
-            adapted = adapt(value, option)
-            if fits(adapted, option):
-                return adapted
-        return value
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    if origin is tuple and isinstance(value, list):
-        return tuple(value)
-    if origin is list and isinstance(value, list | tuple):
-        return [adapt(v, args[0]) for v in value]
-    if origin is dict and isinstance(value, Mapping):
-        return {k: adapt(v, args[1]) for k, v in value.items()}
+    change = _ADAPT.get(_kind(hint) or hint)
+    return value if change is None else change(value, get_args(hint))
+
+
+def _adapt_union(value: Any, args: tuple[Any, ...]) -> Any:
+    for option in args:
+        adapted = adapt(value, option)
+        if fits(adapted, option):
+            return adapted
     return value
+
+
+def _adapt_int(value: Any, _: tuple[Any, ...]) -> Any:
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole else value
+
+
+def _adapt_list(value: Any, args: tuple[Any, ...]) -> Any:
+    return [adapt(v, args[0]) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _adapt_dict(value: Any, args: tuple[Any, ...]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {k: adapt(v, args[1]) for k, v in value.items()}
+
+
+_ADAPT: dict[Any, Callable[[Any, tuple[Any, ...]], Any]] = {
+    Union: _adapt_union,
+    float: lambda value, _: float(value) if _fits_int(value) else value,
+    int: _adapt_int,
+    tuple: lambda value, _: tuple(value) if isinstance(value, list) else value,
+    list: _adapt_list,
+    dict: _adapt_dict,
+}
 
 
 def show(value: object) -> str:
@@ -142,10 +180,9 @@ def show(value: object) -> str:
 def problem(value: object, hint: Any, bounds: Mapping[str, float]) -> tuple[str, str] | None:
     """Return the rule *value* breaks and its remedy, or None."""
     if not fits(value, hint):
-        got = type(value).__name__
-        return f"must be {expected(hint)}, not {got}" if not _choice(hint) else (
-            f"must be {expected(hint)}"
-        ), f"give {expected(hint)}"
+        wanted = expected(hint)
+        got = "" if isinstance(value, str) and "one of" in wanted else f", not {_name(value)}"
+        return f"must be {wanted}{got}", f"give {wanted}"
     items = value if isinstance(value, list | tuple) else [value]
     for item in items:
         if not isinstance(item, int | float) or isinstance(item, bool):
@@ -156,10 +193,8 @@ def problem(value: object, hint: Any, bounds: Mapping[str, float]) -> tuple[str,
     return None
 
 
-def _choice(hint: Any) -> bool:
-    return get_origin(hint) is Literal or (
-        is_union(hint) and any(get_origin(a) is Literal for a in get_args(hint))
-    )
+def _name(value: object) -> str:
+    return _WORDS.get(type(value), f"a {type(value).__name__}")
 
 
 def hints(cls: type) -> dict[str, Any]:

@@ -91,7 +91,6 @@ class ConfigContainer:
     env_vars: dict[str, str | int | float | bool] = field(factory=dict)
 
     _origins: dict[str, Origin] = field(factory=dict, init=False, repr=False, eq=False)
-    _origins: dict[str, Origin] = field(factory=dict, init=False, repr=False, eq=False)
 
     __attrs_post_init__ = check_all
 
@@ -223,6 +222,18 @@ class ConfigContainer:
         from mb_config import io
 
         return io.save(self, "TOML", path)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON Schema (draft 2020-12) of configuration files.
+
+    It has types, choices, ranges, defaults, and descriptions out of the docstrings. Put
+    ``# yaml-language-server: $schema=config.schema.json`` on top of a YAML file to have an editor
+    use it.
+    """
+    from mb_config import schema
+
+    return schema.build()
 
 
 SECTION_NAMES.update(

@@ -11,7 +11,7 @@ import attrs
 from mb_config import convert, yaml_text
 from mb_config._types import hints, is_union
 from mb_config.errors import ConfigError, Violation
-from mb_config.provenance import Origin, get, leaves
+from mb_config.provenance import Origin, default_of, get, leaves
 from mb_config.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -157,8 +157,7 @@ def _unset(config: ConfigContainer, path: str, override: str) -> ConfigContainer
     if isinstance(owner, dict):
         del owner[name]
         return config
-    default = attrs.fields_dict(type(owner))[name].default
-    setattr(owner, name, default.factory() if hasattr(default, "factory") else default)
+    setattr(owner, name, default_of(type(owner), name))
     origins = config._origins  # noqa: SLF001 - this module is the container's own
     for leaf in [o for o in origins if o == path or o.startswith(f"{path}.")]:
         del origins[leaf]

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import functools
-from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mb_config.errors import PluginError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _PROVIDERS = {
     "mb.checkpointers": "mb-engine[ckpt]",
@@ -21,7 +23,9 @@ _PROVIDERS = {
 
 
 @functools.cache
-def _entry_points(group: str) -> tuple[metadata.EntryPoint, ...]:
+def _entry_points(group: str) -> tuple[EntryPoint, ...]:
+    from importlib import metadata
+
     found = {(e.name, e.value): e for e in metadata.entry_points(group=group)}
     return tuple(found[key] for key in sorted(found))
 
@@ -68,5 +72,5 @@ def name_of(group: str, cls: type) -> str | None:
     return None
 
 
-def _package(entry: metadata.EntryPoint) -> str:
+def _package(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else "an unknown package"

@@ -114,10 +114,16 @@ def _default(config: ConfigContainer, path: str) -> Any:
     owner = type(get(config, place)) if place else type(config)
     if not attrs.has(owner):
         return _NOTHING
-    default = attrs.fields_dict(owner)[name].default
-    return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
+    return default_of(owner, name)
 
 
+def default_of(cls: type, name: str) -> Any:
+    """Return the default of one field of an attrs class, new if it is a list, dict or section."""
+    default: Any = attrs.fields_dict(cls)[name].default
+    return default.factory() if isinstance(default, _FACTORY) else default
+
+
+_FACTORY: Any = attrs.Factory
 _NOTHING = object()
 
 

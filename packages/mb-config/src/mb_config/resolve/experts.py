@@ -117,7 +117,7 @@ def _dispatch(draft: Draft) -> None:
     draft.require(
         not model.moe_shared_expert_overlap
         or (
-            model.moe_token_dispatcher_type == "alltoall"
+            model.moe_token_dispatcher_type == "alltoall"  # noqa: S105
             and model.moe_shared_expert_intermediate_size is not None
         ),
         "model.moe_shared_expert_overlap",

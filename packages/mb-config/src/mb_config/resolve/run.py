@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from mb_config._types import fits
 from mb_config.errors import ConfigError, Violation
 from mb_config.provenance import leaves
 from mb_config.resolve import (
@@ -32,7 +33,7 @@ def finalize(config: ConfigContainer, world_size: int) -> ConfigContainer:
     Raises:
         ConfigError: With every broken rule.
     """
-    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
+    if not fits(world_size, int) or world_size < 1:
         rule = Violation(
             field="world_size",
             value=repr(world_size),
