@@ -24,7 +24,11 @@ with warnings.catch_warnings():
     from megatron.core.transformer.module import Float16Module, MegatronModule
 
 STEPS = 6
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [  # what megatron-core's own code is warned of
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:full scope is deprecated"),
+    pytest.mark.filterwarnings("ignore:MimoModelConfig is experimental"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +72,6 @@ def wrapped(made: ConfigContainer) -> DistributedDataParallel:
         hidden_size=8,
         num_attention_heads=1,
         bf16=bool(made.optimizer.bf16),
-        cuda_graph_scope=[],
     )
     module = Tiny(settings)
     if made.optimizer.bf16:

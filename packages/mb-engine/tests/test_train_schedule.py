@@ -30,6 +30,8 @@ def _from_megatron() -> type:
 
 OptimizerParamScheduler = _from_megatron()
 
+# megatron-core's scheduler logs by rank, and there is none here
+pytestmark = pytest.mark.filterwarnings("ignore:Could not determine rank")
 WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
 GROUPS = (
     {},
