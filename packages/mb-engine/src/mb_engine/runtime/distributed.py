@@ -12,7 +12,7 @@ import torch
 from mb_config.records import ProcessLayout
 
 from mb_engine.errors import EngineError
-from mb_engine.runtime import megatron_cpu, megatron_compat
+from mb_engine.runtime import megatron_compat, megatron_cpu
 from mb_engine.runtime.device import Device, select_device
 
 if TYPE_CHECKING:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPT model of a configuration: the chunks that this rank holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from attrs import fields_dict
+from mb_config.errors import ConfigError, Violation
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mb_config import ConfigContainer
+    from mb_config.records import ProcessLayout
+
+_SECTIONS = ("model", "recompute", "offload", "cuda_graph", "comm_overlap", "mixed_precision")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Set by the engine itself, so that nothing else may.
+_OWN = ("activation_func", "attention_backend", "params_dtype", "pipeline_dtype")
+
+
+def transformer_config(config: ConfigContainer) -> Any:
+    """Return megatron-core's ``TransformerConfig`` for a resolved configuration.
+
+    Every field of the sections ``model``, ``recompute``, ``offload``, ``cuda_graph``,
+    ``comm_overlap`` and ``mixed_precision`` that megatron-core knows by the same name is passed on,
+    unless it is None, which leaves megatron-core's default. ``model.megatron`` comes last.
+
+    Raises:
+        ConfigError: If ``model.megatron`` names a field that the installed megatron-core does not
+            have or that has a field of its own in this configuration.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
+    values = {
+        name: value
+        for section in _SECTIONS
+        for name, value in _own_fields(getattr(config, section))
+        if name in known and value is not None
+    }
+    model = config.model
+    values |= _translated(model)
+    # A stage's output is sent on and then only its autograd node is needed.
+    values["deallocate_pipeline_outputs"] = model.pipeline_model_parallel_size > 1
+    extra = dict(model.megatron)
+    _check_extra(extra, known=known)
+    return TransformerConfig(**{k: v for k, v in (values | extra).items() if k in known})
+
+
+def build_model(config: ConfigContainer, layout: ProcessLayout) -> list[Any]:
+    """Return the model chunks of this rank on its device, one unless stages are interleaved.
+
+    A chunk is a ``GPTModel``, in a ``Float16Module`` where parameters have 16 bits. On the CPU, and
+    with ``model.megatron.use_cpu_initialization``, the weights of the whole model depend on the
+    seed alone and not on the layout; see :mod:`mb_engine.model.initialization`.
+
+    Args:
+        config: Resolved.
+        layout: From :func:`mb_engine.runtime.distributed.initialize`.
+
+    Raises:
+        ConfigError: If ``model.megatron`` has a field that is not known.
+        EngineError: If the layer spec cannot compute what is asked for.
+    """
+    from megatron.core.tensor_parallel import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes,
+    )
+    from megatron.core.transformer.module import Float16Module
+
+    from mb_engine.model.initialization import initialize_weights
+
+    megatron_config = transformer_config(config)
+    stages: list[int | None] = [None] if layout.vpp == 1 else list(range(layout.vpp))
+    chunks = [_build_chunk(config, megatron_config, layout, stage) for stage in stages]
+    if layout.device == "cpu" or megatron_config.use_cpu_initialization:
+        initialize_weights(chunks, megatron_config, config.rng, layout)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunk.to(torch.device(layout.device))
+    if megatron_config.fp16 or megatron_config.bf16:
+        return [Float16Module(megatron_config, chunk) for chunk in chunks]
+    return chunks
+
+
+def _build_chunk(
+    config: ConfigContainer, megatron_config: Any, layout: ProcessLayout, vp_stage: int | None
+) -> Any:
+    from megatron.core.models.gpt import GPTModel
+
+    from mb_engine.model.layer_specs import block_spec, choose_layer_spec
+
+    model = config.model
+    spec = block_spec(
+        megatron_config, layer_spec=choose_layer_spec(config, layout), vp_stage=vp_stage
+    )
+    return GPTModel(
+        config=megatron_config,
+        transformer_layer_spec=spec,
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.max_position_embeddings or model.seq_length,
+        pre_process=layout.pp_rank == 0 and vp_stage in (None, 0),
+        post_process=layout.pp_rank == layout.pp - 1 and vp_stage in (None, layout.vpp - 1),
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def _own_fields(section: Any) -> Iterator[tuple[str, Any]]:
+    if section is not None and hasattr(type(section), "__attrs_attrs__"):
+        for name in fields_dict(type(section)):
+            yield name, getattr(section, name)
+
+
+def _translated(model: Any) -> dict[str, Any]:
+    """Return the fields that have a name here and an object in megatron-core."""
+    from megatron.core.activations import squared_relu
+    from megatron.core.transformer.enums import AttnBackend
+
+    activations = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "relu": functional.relu,
+        "squared_relu": squared_relu,
+    }
+    return {
+        "activation_func": activations[model.activation_func],
+        "attention_backend": AttnBackend[model.attention_backend],
+        "params_dtype": _DTYPES[model.params_dtype or "float32"],
+        "pipeline_dtype": _DTYPES[model.pipeline_dtype or model.params_dtype or "float32"],
+    }
+
+
+def _check_extra(extra: dict[str, Any], *, known: set[str]) -> None:
+    from megatron.core import __version__
+
+    violations = []
+    for name, value in extra.items():
+        field = f"model.megatron.{name}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "leave it out"
+            rule = f"megatron-core {__version__} has no such TransformerConfig field"
+        elif name in _OWN:
+            rule, remedy = "this has a field of its own", f"set model.{name}"
+        else:
+            continue
+        violations.append(Violation(field=field, value=repr(value), rule=rule, remedy=remedy))
+    if violations:
+        raise ConfigError.from_violations(violations)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules a transformer layer is made of: ``torch`` or ``te``.
+
+Both build the same model and name its tensors alike in checkpoints: Transformer Engine keeps the
+weight of a norm in the linear that follows it, so the torch spec files its own norms under that
+linear's name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+from mb_engine.errors import EngineError
+from mb_engine.model.attention import TorchAttention
+from mb_engine.model.norms import norm_class
+from mb_engine.runtime.megatron_compat import is_moe_spec
+
+if TYPE_CHECKING:
+    from mb_config import ConfigContainer
+    from mb_config.records import ProcessLayout
+
+_INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def choose_layer_spec(config: ConfigContainer, layout: ProcessLayout) -> str:
+    """Return ``"te"`` or ``"torch"``: what the model section asks for, or what fits the device.
+
+    Raises:
+        EngineError: If ``te`` is asked for where it cannot run.
+    """
+    on_cuda = layout.device.startswith("cuda")
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    wanted = config.model.layer_spec
+    if wanted == "auto":
+        return "te" if on_cuda and has_te else "torch"
+    if wanted == "te" and not (on_cuda and has_te):
+        why = "is for CUDA devices" if has_te else "is not installed"
+        raise EngineError(
+            f"model.layer_spec=te: Transformer Engine {why};"
+            ' use model.layer_spec=torch, or pip install "mb-engine[te]" on a machine with CUDA'
+        )
+    return wanted
+
+
+def block_spec(config: Any, *, layer_spec: str, vp_stage: int | None) -> Any:
+    """Return the layers of this pipeline stage and the final norm.
+
+    Args:
+        config: Megatron-core's ``TransformerConfig``.
+        layer_spec: ``"torch"`` or ``"te"``.
+        vp_stage: Which model chunk of this stage; None without interleaving.
+
+    Returns:
+        Megatron-core's ``TransformerBlockSubmodules``.
+    """
+    block = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=layer_spec == "te",
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    if layer_spec == "torch":
+        norm = norm_class(config.normalization)
+        block.layer_norm = norm
+        # Layers of one kind share one spec object.
+        for layer in {id(spec): spec for spec in block.layer_specs}.values():
+            _use_torch(layer.submodules, config, norm)
+    return block
+
+
+def _use_torch(layer: Any, config: Any, norm: type) -> None:
+    """Put this package's norms and attention in place of megatron-core's own in one layer spec."""
+    layer.input_layernorm = norm
+    layer.pre_mlp_layernorm = norm
+    layer.sharded_state_dict_keys_map = dict(_INPUT_NORM)
+    if not is_moe_spec(layer.mlp):
+        layer.sharded_state_dict_keys_map |= _MLP_NORM
+    attention = layer.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if config.qk_layernorm and not config.qk_l2_norm:
+        attention.q_layernorm = norm
+        attention.k_layernorm = norm

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms on torch's own kernels, with the marks that megatron-core's gradients need.
+
+Under sequence parallelism each tensor-parallel rank sees a part of the tokens, so the gradient of a
+norm's weight must be summed over these ranks. Megatron-core does so for parameters that carry the
+attribute ``sequence_parallel``.
+
+Shape suffixes: H = normalized width; a leading ``x`` has any further dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last dimension.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4, with ``eps`` added to the mean square.
+    Statistics are taken in float32; the result has the dtype of the weight.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: Any) -> None:
+        """Take what megatron-core gives to every norm.
+
+        Args:
+            config: Megatron-core's ``TransformerConfig``.
+            hidden_size: H.
+            eps: Added to the mean square.
+        """
+        super().__init__()
+        self.eps = eps
+        self.shape = (hidden_size,)
+        self.zero_centered = bool(config.layernorm_zero_centered_gamma)
+        self.weight = _parameter(config, self.shape, value=0.0 if self.zero_centered else 1.0)
+
+    def forward(self, x_H: Tensor) -> Tensor:
+        """Return the normalized input, same shape."""
+        weight_H = self.weight + 1 if self.zero_centered else self.weight
+        if x_H.dtype == weight_H.dtype:
+            return functional.rms_norm(x_H, self.shape, weight_H, self.eps)
+        # A float32 residual stream with 16-bit weights.
+        return functional.rms_norm(x_H, self.shape, weight_H.to(x_H.dtype), self.eps).to(
+            weight_H.dtype
+        )
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean(x)) / std(x) * weight + bias`` over the last dimension.
+
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450, with ``eps`` added to the variance.
+    Statistics are taken in float32; the result has the dtype of the weight.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_kwargs: Any) -> None:
+        """Take what megatron-core gives to every norm.
+
+        Args:
+            config: Megatron-core's ``TransformerConfig``.
+            hidden_size: H.
+            eps: Added to the variance.
+        """
+        super().__init__()
+        self.eps = eps
+        self.shape = (hidden_size,)
+        self.zero_centered = bool(config.layernorm_zero_centered_gamma)
+        self.weight = _parameter(config, self.shape, value=0.0 if self.zero_centered else 1.0)
+        self.bias = _parameter(config, self.shape, value=0.0)
+
+    def forward(self, x_H: Tensor) -> Tensor:
+        """Return the normalized input, same shape."""
+        weight_H, bias_H = self.weight, self.bias
+        if self.zero_centered:
+            weight_H = weight_H + 1
+        if x_H.dtype == weight_H.dtype:
+            return functional.layer_norm(x_H, self.shape, weight_H, bias_H, self.eps)
+        return functional.layer_norm(
+            x_H, self.shape, weight_H.to(x_H.dtype), bias_H.to(x_H.dtype), self.eps
+        ).to(weight_H.dtype)
+
+
+def norm_class(normalization: str) -> type[RMSNorm | LayerNorm]:
+    """Return the norm that megatron-core's ``normalization`` names."""
+    return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[normalization]
+
+
+def _parameter(config: Any, shape: tuple[int, ...], *, value: float) -> nn.Parameter:
+    parameter = nn.Parameter(torch.full(shape, value, dtype=config.params_dtype))
+    # Not a torch attribute: megatron-core looks for it, see the head of this module.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
