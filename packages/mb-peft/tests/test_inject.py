@@ -120,6 +120,7 @@ class TestDropout:
             kept = model(torch.ones(400, 64)) / (layer.scale * 3) * 0.75
         torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-3)
         assert torch.equal(kept, kept[:, :1].expand_as(kept))
+        assert kept.std().item() == pytest.approx((64 * 0.75 * 0.25) ** 0.5, rel=0.15)
         assert kept.mean().item() == pytest.approx(64 * 0.75, rel=0.03)
 
     def test_after_the_product_drops_outputs(self):
@@ -233,11 +234,29 @@ class TestRefusals:
             inject(model, LoRA(), targets=["v_proj"])
 
     def test_the_projection_of_multihead_attention_which_bypasses_its_forward(self):
-        model = nn.TransformerEncoderLayer(8, 2)
+        model = nn.TransformerDecoderLayer(8, 2)
         with pytest.raises(PeftError, match=r"self_attn\.out_proj is the output projection of nn"):
             inject(model, LoRA(), targets=["out_proj"])
         report = inject(model, LoRA(exclude_modules=["out_proj"]), targets=["*"])
         assert [r.name for r in report.adapted] == ["linear1", "linear2"]
+
+    def test_layers_with_a_fast_path_past_the_adapter_while_it_is_on(self):
+        model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+        with pytest.raises(
+            PeftError, match=r"0\.linear1 is in a nn\.TransformerEncoderLayer, whose"
+        ):
+            inject(model, LoRA(), targets=["linear1"])
+        assert all(p.requires_grad for p in model.parameters())
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            inject(model, LoRA(rank=2), targets=["linear1"])
+            x = torch.randn(1, 3, 8)
+            with torch.no_grad():
+                before = model(x)
+                randomize(model)
+                assert not torch.allclose(model(x), before)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
 
     def test_packed_weights(self):
         model = nn.Sequential(nn.Linear(4, 4))

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+from torch.backends import mha
+
 from mb_peft.errors import PeftError
 from mb_peft.lora import LoRALinear, adapters
 from mb_peft.report import Adapted, Report
@@ -15,11 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from mb_config import LoRA
-    from torch import nn
 
     from mb_peft.interfaces import LinearFactory
 
-Pair = tuple["nn.Module", "nn.Module"]
+Pair = tuple[nn.Module, nn.Module]
 
 
 def inject(
@@ -99,7 +101,12 @@ def build_pairs(
 def put_in(
     model: nn.Module, pairs: Mapping[str, Pair], lora: LoRA, factory: LinearFactory
 ) -> Report:
-    """Freeze *model*, replace the modules named in *pairs* by adapted ones, and report."""
+    """Freeze *model*, replace the modules named in *pairs* by adapted ones, and report.
+
+    Raises:
+        PeftError: If a module would be read past its adapter; then nothing has changed.
+    """
+    _check_parents(model, pairs)
     model.requires_grad_(requires_grad=False)
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -135,6 +142,18 @@ def remove(model: nn.Module) -> int:
         if isinstance(module, LoRALinear):
             model.set_submodule(name, module.base)
     return len(layers)
+
+
+def _check_parents(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise PeftError for linears in a layer that in evaluation reads their weights directly."""
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        fast = isinstance(parent, nn.TransformerEncoderLayer) and mha.get_fastpath_enabled()
+        if fast:
+            raise PeftError(
+                f"{name} is in a nn.TransformerEncoderLayer, whose fast path in evaluation reads "
+                "weights past any adapter; call torch.backends.mha.set_fastpath_enabled(False)"
+            )
 
 
 def _check_untouched(model: nn.Module) -> None:

@@ -42,7 +42,7 @@ class Report:
     def __str__(self) -> str:
         groups: dict[tuple[str, str, int], list[Adapted]] = {}
         for row in self.adapted:
-            name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.name)
+            name = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", row.name)
             shape = " x ".join(str(n) for n in row.shape)
             groups.setdefault((name, shape, row.rank), []).append(row)
         rows = [("module", "count", "out x in", "rank", "trainable")]
