@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mb_config.records import TensorShard
-
 from mb_ckpt import CheckpointStore, reader
+from mb_config.records import TensorShard
 
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn,
@@ -48,7 +47,7 @@ def grids(draw, shape):
     axes = []
     for n in shape:
         cuts = sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))})
-        axes.append(list(zip(cuts, cuts[1:], strict=False)) or [(0, 0)])
+        axes.append(list(pairwise(cuts)) or [(0, 0)])
     cells = []
     for cell in product(*axes):
         offset, local = [a for a, _ in cell], [b - a for a, b in cell]
@@ -72,8 +71,10 @@ def partitions(draw, shape):
     pieces = []
     for offset, local in draw(grids(shape)):
         if draw(st.booleans()):
-            cuts = sorted({0, prod(local), *draw(st.lists(st.integers(0, prod(local)), max_size=2))})
-            ranges = list(zip(cuts, cuts[1:], strict=False)) or [(0, 0)]
+            cuts = sorted(
+                {0, prod(local), *draw(st.lists(st.integers(0, prod(local)), max_size=2))}
+            )
+            ranges = list(pairwise(cuts)) or [(0, 0)]
             pieces += [(offset, local, r) for r in ranges]
         else:
             pieces.append((offset, local, None))

@@ -9,9 +9,8 @@ import threading
 
 import pytest
 import torch
-from torch import nn
-
 from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore, saver
+from torch import nn
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -196,12 +195,12 @@ def test_a_state_without_tensors_is_a_checkpoint_too(url):
 def test_loading_where_nothing_is_says_so(url):
     with CheckpointStore(url) as store:
         assert store.steps() == []
-        with pytest.raises(CheckpointError, match="no checkpoint in .*check the path"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .*check the path"):
             store.load({"w": torch.zeros(1)})
-        with pytest.raises(CheckpointError, match="no step 7 in .*holds no checkpoint at all"):
+        with pytest.raises(CheckpointError, match=r"no step 7 in .*holds no checkpoint at all"):
             store.load({"w": torch.zeros(1)}, step=7)
         store.save(3, {"w": torch.zeros(1)}).result()
-        with pytest.raises(CheckpointError, match="no step 7 in .*: it holds 3$"):
+        with pytest.raises(CheckpointError, match=r"no step 7 in .*: it holds 3$"):
             store.load({"w": torch.zeros(1)}, step=7)
 
 
@@ -212,7 +211,10 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(url):
         good = torch.zeros(2, 3)
         for other, message in [
             ({"w": good, "v": torch.zeros(5)}, r"v is float32\[4\] there, float32\[5\] here"),
-            ({"w": good, "v": torch.zeros(4, dtype=torch.int64)}, r"float32\[4\] there, int64\[4\]"),
+            (
+                {"w": good, "v": torch.zeros(4, dtype=torch.int64)},
+                r"float32\[4\] there, int64\[4\]",
+            ),
             ({"w": good, "vv": torch.zeros(4)}, "lacks vv; nearest to the first is 'v'"),
             ({"w": good, **{f"x{i}": good for i in range(12)}}, "x0, x1, .* and 2 more"),
         ]:
@@ -270,7 +272,7 @@ def test_a_failure_nobody_asked_about_is_raised_at_close(tmp_path, caplog):
     (tmp_path / "run").write_text("in the way")
     store = CheckpointStore(tmp_path / "run")
     store.save(1, {"w": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="step 1 .*writing .*run/step_00000001"):
+    with pytest.raises(CheckpointError, match=r"step 1 .*writing .*run/step_00000001"):
         store.close()
     assert "checkpoint of step 1 failed" in caplog.text
 
@@ -324,7 +326,7 @@ def test_overlapping_pieces_and_holes_are_refused_at_save(tmp_path):
     with CheckpointStore(tmp_path, async_save=False) as store:
         with pytest.raises(CheckpointError, match=r"'w'\[4, 2\] .*hold 6 of 8 elements"):
             store.save(1, {"w": [piece(0, 2), piece(3, 1)], "v": torch.ones(1)})
-        with pytest.raises(CheckpointError, match="'w'.* two pieces overlap, .*replica_id"):
+        with pytest.raises(CheckpointError, match=r"'w'.* two pieces overlap, .*replica_id"):
             store.save(1, {"w": [piece(0, 3), piece(2, 2)]})
         assert store.steps() == []
     assert list(tmp_path.iterdir()) == []

@@ -100,12 +100,18 @@ def commit(store: Store, step: int, data: str, tree: Any, reports: Sequence[Rank
 
 
 def discard(store: Store, step: int, data: str) -> None:
-    """Remove what was written for a save that failed; an older commit of *step* stays."""
+    """Remove what was written for a save that failed; an older commit of *step* stays.
+
+    If the failure came after the manifest was in place (its directory could not be synced, say),
+    the step is there as a whole, and is left there.
+    """
     try:
-        store.remove(f"{step_name(step)}/{data}")
-        if MANIFEST not in store.names(step_name(step)):
+        exists = MANIFEST in store.names(step_name(step))
+        if not exists:
             store.remove(step_name(step))
-    except (OSError, ValueError) as e:
+        elif read(store, step).data != data:
+            store.remove(f"{step_name(step)}/{data}")
+    except (CheckpointError, OSError, ValueError) as e:
         _LOG.warning("could not remove the unfinished step %d, the next save will: %s", step, e)
 
 

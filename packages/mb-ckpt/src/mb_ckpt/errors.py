@@ -29,7 +29,7 @@ def storage_error(action: str, error: Exception) -> CheckpointError:
     """
     code = getattr(error, "errno", None)
     text = str(error).split(" [tensorstore_spec=", maxsplit=1)[0].replace("\n", " ")
-    remedy = "see the message of the storage above"
+    remedy = "check that the storage is well"
     if code == errno.ENOSPC or "RESOURCE_EXHAUSTED" in text or "No space left" in text:
         return CheckpointError(f"disk full while {action}: free space and save again ({text})")
     if code == errno.EFBIG or "File too large" in text:

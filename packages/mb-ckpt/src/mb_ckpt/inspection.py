@@ -15,7 +15,7 @@ from mb_ckpt import plain_tree
 from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
 from mb_ckpt.reader import READ_BYTES, damage, data_path, open_file
-from mb_ckpt.tensorstore_io import array_metadata, get, start_read
+from mb_ckpt.tensorstore_io import get, start_read
 
 if TYPE_CHECKING:
     from mb_ckpt.interfaces import Store
@@ -117,7 +117,7 @@ def verify(store: Store, manifest: Manifest) -> Verified:
     return Verified(
         step=manifest.step,
         tensors=len(manifest.tensors),
-        nbytes=sum(file.nbytes for file in manifest.files),
+        nbytes=sum(file.grid.nbytes for file in manifest.files),
     )
 
 
@@ -129,12 +129,11 @@ def _verify_file(store: Store, manifest: Manifest, index: int, faults: list[str]
         kind = "missing" if metadata is None else "corrupt"
         faults.append(f"{store.url}/{path}/zarr.json is {kind}: load another step")
     array = open_file(store, manifest, index)
-    buffer = np.empty(READ_BYTES, dtype=np.uint8)
-    codec = array_metadata(file.nbytes)["codecs"][0]
-    inner = int(codec["configuration"]["chunk_shape"][0])
-    step = READ_BYTES // inner * inner
-    for start in range(0, file.nbytes, step):
-        stop = min(start + step, file.nbytes)
+    inner, nbytes = file.grid.inner, file.grid.nbytes
+    step = max(1, READ_BYTES // inner) * inner
+    buffer = np.empty(step, dtype=np.uint8)
+    for start in range(0, nbytes, step):
+        stop = min(start + step, nbytes)
         if _fault(array, start, buffer[: stop - start]) is None:
             continue
         for low in range(start, stop, inner):
@@ -142,7 +141,7 @@ def _verify_file(store: Store, manifest: Manifest, index: int, faults: list[str]
             fault = _fault(array, low, buffer[: high - low])
             if fault is not None:
                 keys = _keys_within(manifest, index, low, high)
-                faults.append(str(damage(f"{store.url}/{path}", file.nbytes, low, keys, fault)))
+                faults.append(str(damage(f"{store.url}/{path}", keys, fault)))
 
 
 def _fault(array: Any, start: int, out: Any) -> Exception | None:

@@ -20,6 +20,7 @@ from typing import Any
 from attrs import asdict, field, frozen
 
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
+from mb_ckpt.tensorstore_io import Grid
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -37,12 +38,12 @@ class DataFile:
 
     Attributes:
         path: Below the step's data directory, such as ``"rank_00000"``.
-        nbytes: Length of the array.
+        grid: How the array is cut.
         sha256: Of its ``zarr.json``.
     """
 
     path: str
-    nbytes: int
+    grid: Grid
     sha256: str
 
 
@@ -149,7 +150,10 @@ def _from_body(body: dict[str, Any]) -> Manifest:
     return Manifest(
         step=body["step"],
         data=body["data"],
-        files=tuple(DataFile(**file) for file in body["files"]),
+        files=tuple(
+            DataFile(path=file["path"], grid=Grid(**file["grid"]), sha256=file["sha256"])
+            for file in body["files"]
+        ),
         tensors={
             key: TensorEntry(
                 dtype=entry["dtype"],

@@ -43,7 +43,7 @@ class Ranks:
             members,
             backend="gloo",
             timeout=timedelta(seconds=timeout_s),
-            use_local_synchronization=True,
+            use_local_synchronization=len(members) < dist.get_world_size(),
         )
         return cls(dist.get_group_rank(group, dist.get_rank()), len(members), group)
 
@@ -90,7 +90,9 @@ class Ranks:
 
     def close(self) -> None:
         """Free the group; a collective call."""
-        if self.group is not None and dist.is_initialized():
+        # torch names a group of some ranks by their hash alone: one that is made after another was
+        # destroyed would meet that one's addresses. So those last until torch takes all down.
+        if self.group is not None and dist.is_initialized() and self.size == dist.get_world_size():
             dist.destroy_process_group(self.group)
 
     def _first(self) -> int:

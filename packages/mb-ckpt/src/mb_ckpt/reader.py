@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from mb_ckpt.boxes import Box, cut, extent, strides
 from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError, storage_error
 from mb_ckpt.staging import ALIGNMENT, bits
-from mb_ckpt.tensorstore_io import INNER_BYTES, open_array, shard_bytes, start_read
+from mb_ckpt.tensorstore_io import INNER_BYTES, open_array, start_read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -29,6 +30,8 @@ READ_BYTES = 16 << 20
 """Most bytes in one read; up to `_IN_FLIGHT` reads are under way at a time."""
 _IN_FLIGHT = 4
 _MANY_CHUNKS = 16
+# What tensorstore says of a file that is there, or should be, and does not hold what it should.
+_DAMAGED = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 
 
 @frozen(eq=False)
@@ -177,15 +180,13 @@ class _Filling:
             start_read(self.arrays[segment.file], first, out.numpy()).result()
         except (ValueError, OSError) as e:
             path = f"{self.store.url}/{data_path(self.manifest, segment.file)}"
-            nbytes = self.manifest.files[segment.file].nbytes
-            raise damage(path, nbytes, segment.start, [segment.key], e) from e
+            raise damage(path, [segment.key], e) from e
         segment.scatter(out[segment.start - first :])
 
 
 def open_file(store: Store, manifest: Manifest, index: int) -> Any:
     """Return the packed array of one rank, as tensorstore opens it."""
-    file = manifest.files[index]
-    return open_array(store.kvstore, data_path(manifest, index), file.nbytes)
+    return open_array(store.kvstore, data_path(manifest, index), manifest.files[index].grid)
 
 
 def data_path(manifest: Manifest, index: int) -> str:
@@ -193,25 +194,22 @@ def data_path(manifest: Manifest, index: int) -> str:
     return f"{step_name(manifest.step)}/{manifest.data}/{manifest.files[index].path}"
 
 
-def damage(
-    path: str, nbytes: int, start: int, keys: list[str], error: Exception
-) -> CheckpointError:
-    """Return the error for bytes that cannot be read; it names what is lost.
+def damage(path: str, keys: list[str], error: Exception) -> CheckpointError:
+    """Return the error for bytes of the array at *path* that cannot be read.
 
     Args:
         path: Of the array.
-        nbytes: Of the array.
-        start: First byte of the damaged place.
-        keys: Tensors with bytes there.
+        keys: Tensors with bytes there, to be named.
         error: As tensorstore has it.
     """
     names = f"tensor {listing([repr(key) for key in keys])}" if keys else "no tensor"
     text = str(error)
-    if "DATA_LOSS" in text or "NOT_FOUND" in text or "OUT_OF_RANGE" in text:
+    if any(status in text for status in _DAMAGED):
         kind = "missing" if "is missing" in text else "corrupt"
+        file = re.search(r'(/c/\d+)"', text)
         return CorruptCheckpointError(
-            f"{path}/c/{start // shard_bytes(nbytes)} is {kind}, it holds {names}: load "
-            f"another step ({text.split(' [', maxsplit=1)[0]})"
+            f"{path}{file[1] if file else ''} is {kind}, it holds {names}: load another step "
+            f"({text.split(' [', maxsplit=1)[0]})"
         )
     return storage_error(f"reading {names} from {path}", error)
 

@@ -15,7 +15,7 @@ from mb_ckpt.commit import RankReport, Row, commit, discard, prepare
 from mb_ckpt.errors import CheckpointError, storage_error
 from mb_ckpt.manifest import DataFile
 from mb_ckpt.retention import Retention, prune
-from mb_ckpt.tensorstore_io import encode_metadata, write_array
+from mb_ckpt.tensorstore_io import Grid, encode_metadata, write_array
 
 if TYPE_CHECKING:
     from mb_ckpt.interfaces import Store
@@ -161,12 +161,13 @@ def _write(store: Store, rank: int, job: Job, data: str) -> RankReport:
 
 
 def _write_array(store: Store, path: str, snapshot: Snapshot) -> DataFile:
-    write_array(store.kvstore, path, snapshot.data)
+    grid = Grid.of(len(snapshot.data))
+    write_array(store.kvstore, path, snapshot.data, grid)
     # Last and by publish, which makes the directories durable as well.
-    metadata = encode_metadata(len(snapshot.data))
+    metadata = encode_metadata(grid)
     store.publish(f"{path}/zarr.json", metadata)
     return DataFile(
         path=path.rsplit("/", maxsplit=1)[1],
-        nbytes=len(snapshot.data),
+        grid=grid,
         sha256=hashlib.sha256(metadata).hexdigest(),
     )

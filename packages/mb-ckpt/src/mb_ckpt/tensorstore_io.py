@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
+from attrs import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,17 +27,36 @@ _IN_FLIGHT = 2
 _CONTEXT = ts.Context()
 
 
-def array_metadata(nbytes: int) -> dict[str, Any]:
+@frozen
+class Grid:
+    """How a packed array is cut.
+
+    Attributes:
+        nbytes: Length of the array.
+        inner: Bytes under one checksum.
+        shard: Bytes in one file, a multiple of ``inner``.
+    """
+
+    nbytes: int
+    inner: int
+    shard: int
+
+    @classmethod
+    def of(cls, nbytes: int) -> Grid:
+        """Return the grid for a new array of *nbytes*, not 0."""
+        inner = min(INNER_BYTES, -(-nbytes // 4096) * 4096)
+        return cls(nbytes, inner, inner * min(SHARD_BYTES // inner, -(-nbytes // inner)))
+
+
+def array_metadata(grid: Grid) -> dict[str, Any]:
     """Return the zarr v3 metadata (the content of ``zarr.json``) of a packed array.
 
     Source: zarr v3 specification, sharding_indexed and crc32c codecs.
     """
-    inner = min(INNER_BYTES, -(-nbytes // 4096) * 4096)
-    per_shard = min(SHARD_BYTES // inner, -(-nbytes // inner))
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     crc = {"name": "crc32c"}
     sharding = {
-        "chunk_shape": [inner],
+        "chunk_shape": [grid.inner],
         "codecs": [{"name": "bytes"}, crc],
         "index_codecs": [little, crc],
         "index_location": "end",
@@ -44,32 +64,26 @@ def array_metadata(nbytes: int) -> dict[str, Any]:
     return {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": [nbytes],
+        "shape": [grid.nbytes],
         "data_type": "uint8",
         "fill_value": 0,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [inner * per_shard]}},
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [grid.shard]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
 
 
-def shard_bytes(nbytes: int) -> int:
-    """Return how many bytes of a packed array of *nbytes* one file holds."""
-    grid = array_metadata(nbytes)["chunk_grid"]
-    return int(grid["configuration"]["chunk_shape"][0])
-
-
-def encode_metadata(nbytes: int) -> bytes:
+def encode_metadata(grid: Grid) -> bytes:
     """Return the exact content of ``zarr.json`` of a packed array."""
-    return json.dumps(array_metadata(nbytes), indent=1).encode()
+    return json.dumps(array_metadata(grid), indent=1).encode()
 
 
-def open_array(kvstore: Mapping[str, Any], path: str, nbytes: int) -> Any:
+def open_array(kvstore: Mapping[str, Any], path: str, grid: Grid) -> Any:
     """Return the packed array at *path*, without touching the storage.
 
     A chunk that is missing is an error at read, never zeros, and a chunk of zeros is written.
     """
-    metadata = array_metadata(nbytes)
+    metadata = array_metadata(grid)
     del metadata["zarr_format"], metadata["node_type"]
     spec = {
         "driver": "zarr3",
@@ -81,18 +95,18 @@ def open_array(kvstore: Mapping[str, Any], path: str, nbytes: int) -> Any:
     return ts.open(spec, open=True, assume_metadata=True, context=_CONTEXT).result()
 
 
-def write_array(kvstore: Mapping[str, Any], path: str, data: Bytes) -> None:
+def write_array(kvstore: Mapping[str, Any], path: str, data: Bytes, grid: Grid) -> None:
     """Write *data* (1-D, not empty) as the packed array at *path*; durable on return.
 
     Raises:
         ValueError: As tensorstore says it.
     """
-    array, size = open_array(kvstore, path, len(data)), shard_bytes(len(data))
+    array = open_array(kvstore, path, grid)
     pending: deque[Any] = deque()
-    for start in range(0, len(data), size):
+    for start in range(0, len(data), grid.shard):
         while len(pending) >= _IN_FLIGHT:
             pending.popleft().result()
-        part = slice(start, min(start + size, len(data)))
+        part = slice(start, min(start + grid.shard, len(data)))
         write = array[part].write(data[part], can_reference_source_data_indefinitely=True)
         pending.append(write)
     while pending:

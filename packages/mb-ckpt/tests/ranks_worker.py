@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by test_ranks.py, once a rank: ``ranks_worker.py CASE RANK SIZE DIRECTORY``."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import os
+import re
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore, saver
+from mb_config.records import TensorShard
+
+WIDE = torch.arange(7 * 10, dtype=torch.float32).reshape(7, 10)
+FLAT = torch.arange(4 * 9, dtype=torch.int64).reshape(4, 9)
+
+
+def shard(tensor, key, offset, local, flat=None, *, replica_id=0, fill=None):
+    data = tensor[tuple(slice(o, o + n) for o, n in zip(offset, local, strict=True))]
+    data = data.reshape(-1)[flat[0] : flat[1]] if flat else data
+    data = data.clone(memory_format=torch.contiguous_format)
+    return TensorShard(
+        key=key, data=data if fill is None else data.fill_(fill), offset=offset, local_shape=local,
+        global_shape=tuple(tensor.shape), dtype=str(tensor.dtype).removeprefix("torch."),
+        replica_id=replica_id, flat_range=flat,
+    )  # fmt: skip
+
+
+def state(rank, *, fill=None):
+    """Columns of WIDE, a flat range of FLAT, a replica, and a tensor that only this rank has."""
+    columns = [((0, 0), (7, 3)), ((0, 3), (7, 7))][rank]
+    flat = [(0, 17), (17, 36)][rank]
+    own = torch.full((3,), float(rank)) + 1
+    return {
+        "model": {"wide": shard(WIDE, "wide", *columns, fill=fill)},
+        "flat": [shard(FLAT, "flat", (0, 0), (4, 9), flat, fill=fill)],
+        "norm": shard(torch.ones(5) * (rank + 1), "norm", (0,), (5,), replica_id=rank, fill=fill),
+        f"stage{rank}": shard(own, f"stage{rank}.w", (0,), (3,), fill=fill),
+        "plain": torch.full((2,), 8.0 if fill is None else float(fill)),
+        "n": {"rank": rank, "lr": 0.5},
+    }
+
+
+def raises(kind, text, call):
+    with pytest.raises(kind, match=re.escape(text)):
+        call()
+
+
+def check_loaded(rank, loaded):
+    assert torch.equal(loaded["model"]["wide"].data, state(rank)["model"]["wide"].data)
+    assert torch.equal(loaded["flat"][0].data, state(rank)["flat"][0].data)
+    assert loaded["norm"].data.tolist() == [1.0] * 5
+    assert loaded[f"stage{rank}"].data.tolist() == [rank + 1.0] * 3
+    assert loaded["plain"].tolist() == [8.0] * 2
+
+
+def save_and_load(rank, root):
+    with CheckpointStore(root, keep_last=2) as store:
+        for step in (1, 2, 3):
+            store.save(step, state(rank))
+        room = state(rank, fill=-1)
+        assert store.load(room)["n"] == {"rank": 0, "lr": 0.5}
+        check_loaded(rank, room)
+        other = state(1 - rank, fill=-1)
+        store.load(other, 2)
+        check_loaded(1 - rank, other)
+        store.load({f"stage{rank}": room[f"stage{rank}"]})
+        assert store.steps() == [2, 3]
+
+
+def load_from_one(rank, root):
+    with CheckpointStore(root) as store:
+        room = state(rank, fill=-1)
+        store.load(room)
+        check_loaded(rank, room)
+
+
+def failures(rank, root):
+    write = saver.write_array
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with CheckpointStore(root) as store:
+        store.save(1, state(rank)).result()
+        if rank == 1:
+            saver.write_array = full
+        handle = store.save(2, state(rank))
+        raises(CheckpointError, "rank 1: disk full while writing", handle.result)
+        saver.write_array = write
+        assert store.steps() == [1]
+        dist.barrier()
+        assert sorted(p.name for p in root.iterdir()) == ["step_00000001"]
+        bad = {**state(rank), "bad": print if rank == 1 else 0}
+        if rank == 1:
+            raises(CheckpointError, "'bad' is a builtin", lambda: store.save(2, bad))
+        else:
+            handle = store.save(2, bad)
+            raises(CheckpointError, "rank 1: state 'bad' is a builtin", handle.result)
+        alone = {**state(rank), **({"alone": torch.ones(1)} if rank == 1 else {})}
+        handle = store.save(2, alone)
+        raises(CheckpointError, "'alone' is on rank 1 but not on rank 0", handle.result)
+        handle = store.save(2 + rank, state(rank))
+        raises(CheckpointError, "different steps at once, [2, 3]", handle.result)
+        twice = {**state(rank), "norm": shard(torch.ones(5), "norm", (0,), (5,))}
+        raises(
+            CheckpointError, "'norm'[5] cannot be saved: two pieces", store.save(2, twice).result
+        )
+        other = {**state(rank), "x": shard(torch.ones(2 + rank), "x", (0,), (2 + rank,))}
+        raises(
+            CheckpointError,
+            "'x' is float32[3] on rank 1 but float32[2]",
+            store.save(2, other).result,
+        )
+        dist.barrier()
+        assert sorted(p.name for p in root.iterdir()) == ["step_00000001"]
+        store.save(4, state(rank)).result()
+        room = state(rank, fill=-1)
+        store.load(room)
+        check_loaded(rank, room)
+        assert store.steps() == [1, 4]
+
+
+def refusal(rank, root):
+    """Only rank 1 is slow, and both refuse."""
+    go, write = threading.Event(), saver.write_array
+    if rank == 1:
+        saver.write_array = lambda *a: go.wait(60) and write(*a)
+    with CheckpointStore(root, on_busy="refuse") as store:
+        first = store.save(1, state(rank))
+        second = lambda: store.save(2, state(rank))
+        raises(CheckpointBusyError, "step 1 is still being written", second)
+        go.set()
+        first.result()
+        dist.barrier()
+        store.save(3, state(rank)).result()
+        assert store.steps() == [1, 3]
+    raises(CheckpointError, "memory of one process", lambda: CheckpointStore("memory://x"))
+
+
+def death(rank, root):
+    store = CheckpointStore(root, timeout_s=60)
+    store.save(1, state(rank)).result()
+    if rank == 1:
+        saver.write_array = lambda *_: os._exit(9)
+    handle = store.save(2, state(rank))
+    raises(CheckpointError, "rank 0 lost contact with the other ranks", handle.result)
+    assert store.steps() == [1]
+    os._exit(0)  # the default group cannot be taken down without rank 1
+
+
+CASES = {
+    "layouts": [save_and_load, refusal],
+    "failures": [failures],
+    "load": [load_from_one],
+    "death": [death],
+}
+
+
+def main():
+    name, rank, size, root = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    faulthandler.dump_traceback_later(80, exit=True)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/{name}.meeting", rank=rank, world_size=size,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    for case in CASES[name]:
+        case(rank, root / case.__name__)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
