@@ -84,7 +84,8 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _schema(hint: Any, bounds: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _schema(  # noqa: PLR0911 - one return a kind of type
+    hint: Any, bounds: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     if hint in _SCALARS:
         return {**_SCALARS[hint], **(bounds if hint in (int, float) else {})}
     args = get_args(hint)
