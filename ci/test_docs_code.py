@@ -110,9 +110,10 @@ def check_nox(options: list[str]) -> None:
 
 @functools.cache
 def sessions() -> set[str]:
-    command = [sys.executable, "-m", "nox", "--list", "--json", "-f", str(ROOT / "noxfile.py")]
-    listed = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    return {s["session"] for s in listed} | {s["name"] for s in listed}
+    command = [sys.executable, "-m", "nox", "--list", "-f", str(ROOT / "noxfile.py")]
+    listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    names = set(re.findall(r"^[*-] (\S+)", listed, flags=re.MULTILINE))
+    return names | {name.partition("(")[0] for name in names}
 
 
 def check_pip(words: list[str]) -> None:
