@@ -93,7 +93,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
         )
         self.window = tuple(config.window_size) if windowed else None
         self.kernel = _KERNELS.get(config.attention_backend)
-        self.cp_group = None
+        self.cp_group: Any = None
         if config.context_parallel_size > 1:
             self.cp_group = getattr(pg_collection, "cp", None)
             if self.cp_group is None:
@@ -150,8 +150,9 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
         halves = all_TBG2D.view(ranks, 2, chunk, *all_TBG2D.shape[1:])
         in_order = torch.cat([halves[:, 0], halves[:, 1].flip(0)]).flatten(0, 1)
         key, value = in_order[..., :width], in_order[..., width:]
+        parts = ((query[:chunk], rank), (query[chunk:], 2 * ranks - 1 - rank))
         outputs = []
-        for q_CBND, index in zip(query.split(chunk), (rank, 2 * ranks - 1 - rank), strict=True):
+        for q_CBND, index in parts:
             end = (index + 1) * chunk
             outputs.append(self._attend(q_CBND, key[:end], value[:end], None, causal=True))
         return torch.cat(outputs)

@@ -48,6 +48,8 @@ def transformer_config(config: ConfigContainer) -> Any:
     values |= _translated(model)
     # A stage's output is sent on and then only its autograd node is needed.
     values["deallocate_pipeline_outputs"] = model.pipeline_model_parallel_size > 1
+    # No scope captures whole layers; 0.16 has a deprecated word for it as default.
+    values.setdefault("cuda_graph_scope", [])
     extra = dict(model.megatron)
     _check_extra(extra, known=known)
     return TransformerConfig(**{k: v for k, v in (values | extra).items() if k in known})

@@ -76,9 +76,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_H: Tensor) -> Tensor:
         """Return the normalized input, same shape."""
-        weight_H, bias_H = self.weight, self.bias
-        if self.zero_centered:
-            weight_H = weight_H + 1
+        weight_H = self.weight + 1 if self.zero_centered else self.weight
+        bias_H = self.bias
         if x_H.dtype == weight_H.dtype:
             return functional.layer_norm(x_H, self.shape, weight_H, bias_H, self.eps)
         return functional.layer_norm(
@@ -86,7 +85,7 @@ class LayerNorm(nn.Module):
         ).to(weight_H.dtype)
 
 
-def norm_class(normalization: str) -> type[RMSNorm | LayerNorm]:
+def norm_class(normalization: str) -> type[nn.Module]:
     """Return the norm that megatron-core's ``normalization`` names."""
     return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[normalization]
 

@@ -49,7 +49,8 @@ def select_device(config: DistributedInitConfig) -> Device:
         ConfigError: If the wanted device is not there, or not with that backend.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if config.device == "cpu" and not torch.cuda.is_initialized():
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if config.device == "cpu" and not started:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:

@@ -67,6 +67,7 @@ def initialize(config: ConfigContainer) -> ProcessLayout:
             f"the configuration is resolved for {expected} ranks, but {world_size} were started;"
             f" resolve it with finalize(world_size={world_size}), or start {expected}"
         )
+    _set_environment(config)
     device = select_device(config.dist)
     if device.type == "cpu":
         megatron_cpu.install()
@@ -88,6 +89,21 @@ def shutdown() -> None:
     torch.distributed.destroy_process_group()
 
 
+def _set_environment(config: ConfigContainer) -> None:
+    """Set variables that libraries read when they start, where the user has not set them."""
+    model = config.model
+    for name, value in config.env_vars.items():
+        os.environ.setdefault(name, str(value))
+    if model.tensor_model_parallel_size * model.context_parallel_size > 1:
+        # Lets communication start before the kernel that overlaps with it; megatron-core asks.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if model.deterministic_mode:
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(mode=True)
+
+
 def _connect(device: Device, *, minutes: float) -> None:
     if torch.distributed.is_initialized():
         raise EngineError(
@@ -98,7 +114,7 @@ def _connect(device: Device, *, minutes: float) -> None:
     if "RANK" not in os.environ:
         torch.distributed.init_process_group(
             device.backend,
-            store=torch.distributed.HashStore(),
+            store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
             timeout=timeout,

@@ -9,6 +9,7 @@ spec of the expert layer                ``ModuleSpec``               ``functools
 q and k norm of a plain attention       ``IdentityOp``               ``None``
 ``initialize_model_parallel``           ``create_all_gather_group``  ``gtp_remat_size``, and others
 ``GPTModel``                            silent                       logs that it is deprecated
+``cuda_graph_scope=None``               becomes ``full`` and warns   stays None
 ======================================  ===========================  ==============================
 """
 
@@ -16,15 +17,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import logging
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+import torch
 
-    from torch import nn
+from mb_engine.runtime import megatron_cpu
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _GPT_MODEL = "megatron.core.models.gpt.gpt_model"
 
@@ -36,9 +39,9 @@ def prepare_megatron() -> None:
     On import it warns of optional packages (Apex, Transformer Engine) that the engine does not
     need; those warnings are left out. Call it after the CPU adapter is installed.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), megatron_cpu.eager_import():
         warnings.simplefilter("ignore")
-        moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+        moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
         importlib.import_module(_GPT_MODEL)
         importlib.import_module("megatron.core.optimizer")
@@ -47,15 +50,29 @@ def prepare_megatron() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16 tests this name in the router but forgets to define it where TE is missing.
         moe_utils.te_general_gemm = None
+    _use_current_collectives()
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
 
 
-def accepted(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of *values* that are parameters of *function* in the installed version."""
-    known = inspect.signature(function).parameters
-    return {name: value for name, value in values.items() if name in known}
+def _use_current_collectives() -> None:
+    """Call the collectives by their present names.
+
+    Newer torch warns at every call of the names that megatron-core took on import.
+    """
+    renamed = {
+        "dist_all_gather_func": ("all_gather_into_tensor", "all_gather_single"),
+        "dist_reduce_scatter_func": ("reduce_scatter_tensor", "reduce_scatter_single"),
+    }
+    modules = [m for name, m in sys.modules.items() if name.startswith("megatron.core.")]
+    for attribute, (old, new) in renamed.items():
+        current = getattr(torch.distributed, new, None)
+        if current is None:
+            continue
+        for module in modules:
+            if getattr(module, attribute, None) is getattr(torch.distributed, old):
+                setattr(module, attribute, current)
 
 
 def is_moe_spec(mlp: Any) -> bool:
@@ -66,7 +83,7 @@ def is_moe_spec(mlp: Any) -> bool:
     return isinstance(target, type) and issubclass(target, MoELayer)
 
 
-def sharded_state_dict(chunk: nn.Module, metadata: Mapping[str, Any]) -> Any:
+def sharded_state_dict(chunk: Any, metadata: Mapping[str, Any]) -> Any:
     """Return megatron-core's sharded state dict of one model chunk.
 
     Args:

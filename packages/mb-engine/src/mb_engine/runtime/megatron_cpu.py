@@ -5,7 +5,7 @@ Megatron-core writes ``device="cuda"``, ``torch.cuda.current_device()`` and CUDA
 that has nothing else to do with a GPU. :func:`install` gives these words a meaning on a machine
 without one: the device is the CPU, streams are always in order, the CUDA generator is torch's
 default generator. Each :class:`Patch` says what it replaces, why, and which lines of megatron-core
-need it; nothing else in this package patches anything.
+need it.
 
 Patches are process-global. They are switched on by creating a CPU runtime
 (:func:`mb_engine.runtime.distributed.initialize`), never by an import, and not at all where CUDA is
@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
+
+from mb_engine.runtime.cpu_streams import Event, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -143,45 +145,6 @@ def _synchronize() -> Iterator[Replacement]:
         del device
 
     yield Replacement(owner=torch.cuda, name="synchronize", value=nothing_to_wait_for)
-
-
-class Stream:
-    """A CUDA stream of a CPU: work is done when the call returns, so there is never a wait."""
-
-    def __init__(self, device: Any = None, priority: int = 0, **_kwargs: Any) -> None:
-        del device, priority
-
-    def wait_stream(self, stream: Stream) -> None:
-        """Return at once."""
-
-    def wait_event(self, event: Event) -> None:
-        """Return at once."""
-
-    def record_event(self, event: Event | None = None) -> Event:
-        """Return *event*, or a new one."""
-        return event or Event()
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-
-class Event:
-    """A CUDA event of a CPU: it has always happened already."""
-
-    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
-
-    def record(self, stream: Stream | None = None) -> None:
-        """Return at once."""
-
-    def wait(self, stream: Stream | None = None) -> None:
-        """Return at once."""
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-    def query(self) -> bool:
-        """Return True."""
-        return True
 
 
 def _streams() -> Iterator[Replacement]:
@@ -368,6 +331,29 @@ def apply(patches: Iterable[Patch]) -> None:
         for new in list(patch.replacements()):
             setattr(new.owner, new.name, new.value)
         _applied.add(patch.name)
+
+
+@contextlib.contextmanager
+def eager_import() -> Iterator[None]:
+    """Import megatron-core inside this without ``torch.compile`` on its small fused functions.
+
+    On a CPU they would be compiled by a C++ compiler at first use, which a machine may lack and
+    which takes longer than it saves; importing the compiler alone takes over a second a rank.
+    Does nothing where CUDA is present or megatron-core is imported already.
+    """
+    compile_ = torch.compile
+    if torch.cuda.is_available():
+        yield
+        return
+
+    def as_is(model: Any = None, **_options: Any) -> Any:
+        return model if model is not None else (lambda function: function)
+
+    torch.compile = as_is
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 def install() -> bool:
