@@ -10,11 +10,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mb_config import ConfigContainer
+from mb_config import ConfigContainer, TextDatasetConfig
 from mb_config.records import ProcessLayout
-from mb_engine.data import DataError, MockDataset, TokenWindows
+from mb_engine.data import (
+    DataError,
+    MockDataset,
+    TokenWindows,
+    build_datasets,
+    build_tokenizer,
+)
 from mb_engine.data.loader import batches, evaluation_batches, evaluation_steps, fetch
 from mb_engine.data.samplers import SampleOrder, stream
+from mb_engine.train.batch_size import BatchSizeSchedule
 
 
 class Numbers:
@@ -222,3 +229,39 @@ class TestEvaluation:
         assert counted(validation__eval_iters=3, validation__full_validation=True) == (10, 2, 2)
         assert counted(validation__eval_global_batch_size=8) == (5, 4, 2)
         assert counted(validation__eval_micro_batch_size=4) == (10, 1, 4)
+
+
+def test_a_finalized_configuration_feeds_two_ranks_the_same_order_as_one(tmp_path):
+    (tmp_path / "t.txt").write_text("".join(map(chr, range(32, 127))) * 20)
+    made = ConfigContainer(dataset=TextDatasetConfig(path=[str(tmp_path / "t.txt")]))
+    made.model.num_layers, made.model.hidden_size, made.model.num_attention_heads = 1, 8, 1
+    made.model.vocab_size, made.model.seq_length = 257, 16
+    made.train.train_iters, made.train.global_batch_size = 10, 16
+    made.train.rampup_batch_size = [4, 4, 50]
+    tokenizer = build_tokenizer(made.tokenizer)
+
+    def read(world: int, consumed: int = 0) -> list[list[int]]:
+        resolved = made.finalize(world)
+        sizes = BatchSizeSchedule.from_config(resolved)
+        train = build_datasets(resolved, tokenizer).train
+        ranks = [
+            batches(
+                train,
+                config=resolved,
+                layout=ProcessLayout(dp=world, dp_rank=rank),
+                consumed_samples=consumed,
+                global_batch_size=sizes.global_batch_size,
+            )
+            for rank in range(world)
+        ]
+        rows: list[list[int]] = []
+        while consumed < sizes.samples_at_iteration(resolved.train.train_iters):
+            for _ in range(sizes.num_microbatches(consumed)):
+                rows += [row for rank in ranks for row in next(rank)["tokens"].tolist()]
+            consumed += sizes.global_batch_size(consumed)
+        return rows
+
+    whole = read(1)
+    assert len(whole) == BatchSizeSchedule.from_config(made.finalize(1)).samples_at_iteration(10)
+    assert read(2) == whole
+    assert read(4, consumed=12) == whole[12:]

@@ -108,6 +108,13 @@ def test_without_dropping_an_epoch_reads_each_sample_exactly_once(size, shuffle,
     assert sorted(found.index.tolist()) == list(range(size))
 
 
+@pytest.mark.parametrize("size", [40, 4000])
+def test_each_epoch_of_a_stream_has_an_order_of_its_own(size):
+    order = SampleOrder.over(size, batch_size=4, drop_last=True, shuffle=True, seed=1)
+    both = order.at(everything(2 * size)).index.reshape(2, size)
+    assert (both[0] == both[1]).mean() < 0.2
+
+
 def test_without_shuffling_the_data_is_read_as_it_lies():
     order = SampleOrder.over(5, batch_size=2, drop_last=True, shuffle=False, seed=1)
     assert order.at(everything(9)).index.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]

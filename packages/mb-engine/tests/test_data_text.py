@@ -185,12 +185,12 @@ class TestWindows:
         assert got[0] == windows.offset(epoch) < length
 
     def test_shifts_differ_by_epoch_and_begin_with_none(self):
-        windows = TokenWindows(tokens=np.arange(1000), seq_length=50, random_offset=True, seed=1)
+        windows = TokenWindows(tokens=np.arange(1001), seq_length=50, random_offset=True, seed=1)
         offsets = [windows.offset(e) for e in range(400)]
         assert offsets[0] == 0
         assert set(offsets) == set(range(50))
         assert offsets != [
-            TokenWindows(tokens=np.arange(1000), seq_length=50, random_offset=True, seed=2).offset(
+            TokenWindows(tokens=np.arange(1001), seq_length=50, random_offset=True, seed=2).offset(
                 e
             )
             for e in range(400)
