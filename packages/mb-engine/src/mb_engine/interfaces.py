@@ -93,18 +93,3 @@ class ForwardStep(Protocol):
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return what the objective consumes; on earlier pipeline stages, what the model gave."""
         ...
-
-
-class Tokenizer(Protocol):
-    """Text to token ids and back."""
-
-    vocab_size: int
-    eod: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of *text*."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of *ids*."""
-        ...

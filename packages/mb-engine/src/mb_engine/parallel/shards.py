@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # One key a layer, so that a layer's name does not depend on what else the model holds.
-_METADATA = {"non_homogeneous_layers": True, "dp_cp_group": None}
+_METADATA = {"non_homogeneous_layers": True}
 
 
 @frozen(kw_only=True, eq=False)
@@ -82,10 +82,8 @@ def _entries(chunks: Sequence[nn.Module]) -> Iterator[Any]:
     """Yield the sharded tensors and factories of all model chunks; metadata objects are left out."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    from mb_engine.runtime.megatron_compat import sharded_state_dict
-
     for chunk in chunks:
-        for entry in _leaves(sharded_state_dict(chunk, metadata=dict(_METADATA))):
+        for entry in _leaves(chunk.sharded_state_dict(metadata=dict(_METADATA))):
             if isinstance(entry, (ShardedTensor, ShardedTensorFactory)) and entry.data is not None:
                 yield entry
 
@@ -177,7 +175,7 @@ def optimizer_plain_state(optimizer: Any) -> dict[str, Any]:
     """Return what of the optimizer is the same on every rank: step counts and loss scaling."""
     plain: dict[str, Any] = {"step": max(optimizer_steps(optimizer), default=0)}
     scalers = [getattr(o, "grad_scaler", None) for o in _each(optimizer)]
-    scaler_state = next((s.state_dict() for s in scalers if s is not None), {})
+    scaler_state: dict[str, Any] = next((s.state_dict() for s in scalers if s is not None), {})
     if scaler_state:
         plain["grad_scaler"] = {
             k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in scaler_state.items()

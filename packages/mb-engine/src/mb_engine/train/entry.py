@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from mb_engine.compose import Components
     from mb_engine.data.datasets import Datasets
-    from mb_engine.interfaces import Callback, ForwardStep, Objective, Tokenizer
+    from mb_engine.data.tokenizers import Tokenizer
+    from mb_engine.interfaces import Callback, ForwardStep, Objective
     from mb_engine.train.engine import Engine
     from mb_engine.train.state import TrainState
 
