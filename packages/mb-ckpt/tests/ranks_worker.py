@@ -146,13 +146,22 @@ def refusal(rank, root):
 
 
 def death(rank, root):
-    store = CheckpointStore(root, timeout_s=60)
-    store.save(1, state(rank)).result()
-    if rank == 1:
-        saver.write_array = lambda *_: os._exit(9)
-    handle = store.save(2, state(rank))
-    raises(CheckpointError, "rank 0 lost contact with the other ranks", handle.result)
-    assert store.steps() == [1]
+    """Ranks 0 and 1 of three save on their own; then rank 1 dies while it saves."""
+    pair, single = dist.new_group([0, 1]), dist.new_group([2])
+    if rank < 2:
+        for step in (1, 2):  # one after the other: the second must not meet the first's groups
+            with CheckpointStore(root, process_group=pair) as store:
+                store.save(step, state(rank)).result()
+        store = CheckpointStore(root, process_group=pair, timeout_s=60)
+        if rank == 1:
+            saver.write_array = lambda *_: os._exit(9)
+        handle = store.save(3, state(rank))
+        raises(CheckpointError, "rank 0 lost contact with the other ranks", handle.result)
+        assert store.steps() == [1, 2]
+    else:
+        with CheckpointStore(root / "alone", process_group=single) as store:
+            store.save(7, {"w": torch.ones(2)}).result()
+            assert store.inspect().world_size == 1
     os._exit(0)  # the default group cannot be taken down without rank 1
 
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``mb-ckpt``: look at checkpoints and check them, without a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from attrs import asdict
+from mb_config.errors import UserError
+
+from mb_ckpt.__about__ import __version__
+from mb_ckpt.errors import CheckpointError
+from mb_ckpt.store import CheckpointStore
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mb_ckpt.inspection import StepInfo
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return 0, or 2 after one line on standard error if it cannot."""
+    options = _parser().parse_args(arguments)
+    try:
+        with CheckpointStore(options.place) as store:
+            options.run(store, options)
+    except UserError as e:
+        sys.stderr.write(f"mb-ckpt: {e}\n")
+        return 2
+    except BrokenPipeError:  # such as by "| head"
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mb-ckpt", description="Look at checkpoints and check them."
+    )
+    parser.add_argument("--version", action="version", version=f"mb-ckpt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("ls", _list, "list the committed steps"),
+        ("inspect", _inspect, "show keys, shapes, dtypes and plain data of a step"),
+        ("verify", _verify, "read every byte of a step against its checksums"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("place", metavar="DIR", help="directory of the run, or a URL")
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=run)
+        if name != "ls":
+            command.add_argument("--step", type=int, help="which step; the newest if left out")
+        if name == "inspect":
+            command.add_argument("--prefix", default="", help="only keys that begin with this")
+        if name == "verify":
+            command.add_argument("--all", action="store_true", help="every step")
+    return parser
+
+
+def _list(store: CheckpointStore, options: argparse.Namespace) -> None:
+    infos = [store.inspect(step) for step in store.steps()]
+    if options.json:
+        _print(json.dumps([_summary(info) for info in infos], indent=1))
+        return
+    if not infos:
+        raise CheckpointError(f"no checkpoint in {store.url}: check the path")
+    _print(f"{'step':>10}  {'size':>9}  {'tensors':>7}  {'ranks':>5}  committed")
+    for info in infos:
+        _print(
+            f"{info.step:>10}  {_size(info.nbytes):>9}  {len(info.tensors):>7}  "
+            f"{info.world_size:>5}  {info.created}"
+        )
+
+
+def _inspect(store: CheckpointStore, options: argparse.Namespace) -> None:
+    info = store.inspect(options.step)
+    chosen = {k: t for k, t in info.tensors.items() if k.startswith(options.prefix)}
+    if options.json:
+        tensors = {key: asdict(tensor) for key, tensor in chosen.items()}
+        data = {**_summary(info), "tensors": tensors, "plain": info.plain}
+        _print(json.dumps(data, indent=1, default=repr))
+        return
+    written = ", ".join(f"{name} {version}" for name, version in info.versions.items())
+    _print(f"step {info.step} in {info.path}")
+    _print(f"committed {info.created} by {info.world_size} rank(s) with {written}")
+    width = max((len(key) for key in chosen), default=0)
+    for key, tensor in sorted(chosen.items()):
+        shape = "x".join(map(str, tensor.shape)) or "scalar"
+        pieces = f"  in {tensor.pieces} pieces" if tensor.pieces > 1 else ""
+        _print(f"  {key:<{width}}  {tensor.dtype:<8}  {shape:<14}  {_size(tensor.nbytes)}{pieces}")
+    _print(f"{len(chosen)} tensors, {_size(sum(t.nbytes for t in chosen.values()))}")
+    if not options.prefix:
+        _print(f"plain data: {info.plain}")
+
+
+def _verify(store: CheckpointStore, options: argparse.Namespace) -> None:
+    steps = (store.steps() or [None]) if options.all else [options.step]
+    results = [store.verify(step) for step in steps]
+    if options.json:
+        _print(json.dumps([asdict(result) for result in results], indent=1))
+        return
+    for result in results:
+        _print(
+            f"step {result.step}: {result.tensors} tensors, {_size(result.nbytes)}, all as written"
+        )
+
+
+def _summary(info: StepInfo) -> dict[str, Any]:
+    return {
+        "step": info.step,
+        "path": info.path,
+        "nbytes": info.nbytes,
+        "tensors": len(info.tensors),
+        "world_size": info.world_size,
+        "created": info.created,
+        "versions": info.versions,
+    }
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(f"{line}\n")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from mb_ckpt import CheckpointStore
+from mb_ckpt.cli import main
+
+
+@pytest.fixture
+def run(tmp_path):
+    with CheckpointStore(tmp_path) as store:
+        for step in (10, 20):
+            store.save(step, {"model": {"w": torch.zeros(20, 30)}, "s": torch.tensor(1), "lr": 0.5})
+    return tmp_path
+
+
+def test_ls_lists_the_steps(run, capsys):
+    assert main(["ls", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["10", "2.4", "KB", "2"],
+        ["20", "2.4", "KB", "2"],
+    ]
+    assert main(["ls", str(run), "--json"]) == 0
+    assert [entry["step"] for entry in json.loads(capsys.readouterr().out)] == [10, 20]
+
+
+def test_inspect_shows_tensors_and_plain_data(run, capsys):
+    assert main(["inspect", str(run), "--step", "10"]) == 0
+    out = capsys.readouterr().out
+    assert f"step 10 in {run}/step_00000010" in out
+    assert "model.w  float32   20x30" in out
+    assert "s        int64     scalar" in out
+    assert "plain data: {'model': {}, 'lr': 0.5}" in out
+    assert main(["inspect", str(run), "--json", "--prefix", "model."]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["step"] == 20
+    assert data["tensors"] == {
+        "model.w": {"dtype": "float32", "shape": [20, 30], "nbytes": 2400, "pieces": 1}
+    }
+
+
+def test_verify_reads_everything_and_ends_with_2_on_damage(run, capsys):
+    assert main(["verify", str(run), "--all"]) == 0
+    assert "step 10: 2 tensors, 2.4 KB, all as written" in capsys.readouterr().out
+    (path,) = (run / "step_00000020").glob("data-*/rank_00000/c/0")
+    raw = bytearray(path.read_bytes())
+    raw[7] ^= 1
+    path.write_bytes(raw)
+    assert main(["verify", str(run), "--json", "--step", "10"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["step"] == 10
+    assert main(["verify", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "rank_00000/c/0 is corrupt, it holds tensor 'model.w', 's'" in error
+
+
+@pytest.mark.parametrize("command", ["ls", "inspect", "verify"])
+def test_a_place_without_checkpoints_is_an_error_of_one_line(tmp_path, command, capsys):
+    assert main([command, str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"mb-ckpt: no checkpoint in {tmp_path}: ")
