@@ -19,7 +19,7 @@ from mb_engine.data import (
     build_datasets,
     build_tokenizer,
 )
-from mb_engine.data.loader import batches, evaluation_batches, evaluation_steps, fetch
+from mb_engine.data.loader import batches, evaluation_batches, evaluation_steps, fetch, sample_order
 from mb_engine.data.samplers import SampleOrder, stream
 from mb_engine.train.batch_size import BatchSizeSchedule
 
@@ -141,8 +141,17 @@ class TestDataloaderType:
 
     def test_single_refuses_a_second_pass_before_the_first_step(self):
         made = config(dataset__dataloader_type="single", train__train_iters=3)
-        with pytest.raises(DataError, match=r"reads the 8 training samples once.* needs 12"):
-            training(Numbers(8), made)
+        with pytest.raises(DataError, match=r"reads the 9 training .* 8 of them .* needs 12"):
+            training(Numbers(9), made)
+
+    def test_a_pass_in_whole_batches_is_one_epoch(self):
+        for kind, drop, expected in (
+            ("single", False, 8),
+            ("cyclic", True, 8),
+            ("cyclic", False, 9),
+        ):
+            made = config(dataset__dataloader_type=kind, dataset__drop_last=drop)
+            assert sample_order(made, 9).epoch_size == expected
 
     def test_cyclic_goes_on_with_a_new_order(self):
         got = islice(training(Numbers(8), config()), 8)

@@ -56,17 +56,9 @@ def batches(
         DataError: If the data set is too small, or a batch does not divide over the ranks.
     """
     settings, train = config.dataset, config.train
-    endless = settings.dataloader_type == "cyclic"
-    assert train.global_batch_size is not None, "the configuration is not resolved"
-    order = SampleOrder.over(
-        len(dataset),
-        batch_size=train.global_batch_size,
-        drop_last=settings.drop_last and endless,
-        shuffle=settings.shuffle and endless,
-        seed=config.rng.seed,
-    )
-    if not endless:
-        _check_one_pass(config, len(dataset))
+    order = sample_order(config, len(dataset))
+    if settings.dataloader_type == "single":
+        _check_one_pass(config, order)
     wanted = stream(
         order,
         consumed_samples=consumed_samples,
@@ -80,6 +72,26 @@ def batches(
         wanted,
         num_workers=settings.num_workers,
         pin_memory=settings.pin_memory and layout.device.startswith("cuda"),
+    )
+
+
+def sample_order(config: ConfigContainer, size: int) -> SampleOrder:
+    """Return the order in which a training set of *size* samples is read; see :func:`batches`.
+
+    Its ``epoch_size`` is how many samples one pass over the data consumes.
+
+    Raises:
+        DataError: If the data set is too small.
+    """
+    settings, batch_size = config.dataset, config.train.global_batch_size
+    assert batch_size is not None, "the configuration is not resolved"
+    single = settings.dataloader_type == "single"
+    return SampleOrder.over(
+        size,
+        batch_size=batch_size,
+        drop_last=settings.drop_last or single,
+        shuffle=settings.shuffle and not single,
+        seed=config.rng.seed,
     )
 
 
@@ -233,13 +245,13 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _check_one_pass(config: ConfigContainer, size: int) -> None:
+def _check_one_pass(config: ConfigContainer, order: SampleOrder) -> None:
     """Refuse, before the first step, a run that would need more than one pass over the data."""
     steps = config.train.train_iters
     needed = BatchSizeSchedule.from_config(config).samples_at_iteration(steps) if steps else 0
-    if needed > size:
+    if needed > order.epoch_size:
         raise DataError(
-            f"dataset.dataloader_type=single reads the {size} training samples once, but"
-            f" train.train_iters={steps} needs {needed}; set it to cyclic to go on with further"
-            " epochs, or train for less"
+            f"dataset.dataloader_type=single reads the {order.size} training samples once,"
+            f" {order.epoch_size} of them in whole batches, but train.train_iters={steps} needs"
+            f" {needed}; set it to cyclic to go on with further epochs, or train for less"
         )
