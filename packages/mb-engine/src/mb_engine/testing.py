@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,8 +65,9 @@ def run_ranks(
     """Run *function* on fresh processes that find each other as torchrun's would.
 
     Args:
-        function: Importable by name; it is called with *args* on every rank.
-        ranks: How many processes.
+        function: Defined at the top level of a module; it is called with *args* on every rank. The
+            module need not be importable by name: a test file is loaded from where it is.
+        ranks: How many processes, each with one thread.
         args: Picklable.
         timeout_s: Seconds until all processes are killed.
 
@@ -71,28 +75,22 @@ def run_ranks(
         What *function* returned (picklable), by rank.
 
     Raises:
-        RankError: If a rank raised, died or did not end in time; all others are killed first.
+        RankError: If a rank raised, died or did not end in time; no process is left behind.
     """
-    context = torch.multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="mb-ranks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mb-ranks-") as name:
+        folder = Path(name)
+        call = (function.__module__, inspect.getfile(function), function.__qualname__, args)
+        (folder / "call").write_bytes(pickle.dumps(call))
         port = free_port()
-        processes = [
-            context.Process(
-                target=_run_rank,
-                args=(function, args, rank, ranks, port, folder),
-                name=f"rank {rank}",
-            )
-            for rank in range(ranks)
-        ]
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            _start(processes)
-            _wait(processes, Path(folder), time.monotonic() + timeout_s)
+            processes.extend(_start(folder, rank, ranks, port) for rank in range(ranks))
+            _wait(processes, folder, time.monotonic() + timeout_s)
         finally:
             for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
-        return [pickle.loads(_file(folder, r, "result").read_bytes()) for r in range(ranks)]  # noqa: S301
+                process.kill()
+                process.wait()
+        return [pickle.loads((folder / f"result_{r}").read_bytes()) for r in range(ranks)]  # noqa: S301
 
 
 def free_port() -> int:
@@ -102,64 +100,74 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _file(folder: str | Path, rank: int, kind: str) -> Path:
-    return Path(folder) / f"{kind}_{rank}"
-
-
-def _start(processes: list[Any]) -> None:
-    # Children read this when they import torch, before any code of theirs runs.
-    saved = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        for process in processes:
-            process.start()
-    finally:
-        if saved is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = saved
-
-
-def _wait(processes: list[Any], folder: Path, deadline: float) -> None:
-    running = list(range(len(processes)))
-    while running:
-        failed = [r for r in running if processes[r].exitcode not in (None, 0)]
-        if failed:
-            # The first to raise is the cause; others may only have lost their peer.
-            raised = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
-            if raised:
-                raise RankError(raised[0].read_text())
-            raise RankError(
-                f"rank {failed[0]} ended with exit code {processes[failed[0]].exitcode}"
-            )
-        running = [r for r in running if processes[r].exitcode is None]
-        if running and time.monotonic() > deadline:
-            raise RankError(f"ranks {running} did not end in time")
-        time.sleep(_POLL_S)
-
-
-def _run_rank(  # noqa: PLR0917
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
-    rank: int,
-    ranks: int,
-    port: int,
-    folder: str,
-) -> None:
-    os.environ |= {
+def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
+    code = f"from mb_engine.testing import _run_rank; _run_rank({str(folder)!r}, {rank})"
+    return subprocess.Popen([sys.executable, "-c", code], env=environment)  # noqa: S603
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, deadline: float) -> None:
+    running = list(range(len(processes)))
+    while running:
+        codes = {rank: processes[rank].poll() for rank in running}
+        failed = [rank for rank, code in codes.items() if code]
+        if failed:
+            # The first to raise is the cause; others may only have lost their peer.
+            raised = sorted(folder.glob("error_*"), key=lambda path: path.stat().st_mtime_ns)
+            if raised:
+                raise RankError(raised[0].read_text())
+            raise RankError(f"rank {failed[0]} ended with exit code {codes[failed[0]]}")
+        running = [rank for rank, code in codes.items() if code is None]
+        if running and time.monotonic() > deadline:
+            raise RankError(f"ranks {running} did not end in time")
+        time.sleep(_POLL_S)
+
+
+def _run_rank(folder: str, rank: int) -> None:
+    """Do what one process of :func:`run_ranks` does."""
     try:
-        result = pickle.dumps(function(*args))
+        call = (Path(folder) / "call").read_bytes()
+        module, file, qualname, args = pickle.loads(call)  # noqa: S301
+        result = pickle.dumps(_function(module, file, qualname)(*args))
     except BaseException:  # noqa: BLE001 - the parent raises it
-        _write(_file(folder, rank, "error"), f"rank {rank}:\n{traceback.format_exc()}".encode())
+        text = f"rank {rank}:\n{traceback.format_exc()}"
+        _write(Path(folder) / f"error_{rank}", text.encode())
         raise SystemExit(1) from None
-    _write(_file(folder, rank, "result"), result)
+    _write(Path(folder) / f"result_{rank}", result)
+
+
+def _function(module_name: str, file: str, qualname: str) -> Callable[..., Any]:
+    spec = None
+    if module_name != "__main__":
+        try:
+            spec = importlib.util.find_spec(module_name)
+        except ImportError:
+            spec = None
+    if spec is not None and spec.origin == file:
+        module = importlib.import_module(module_name)
+    else:
+        name = Path(file).stem
+        sys.path.append(str(Path(file).parent))
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{file} is no Python module")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    function: Any = module
+    for part in qualname.split("."):
+        function = getattr(function, part)
+    found: Callable[..., Any] = function
+    return found
 
 
 def _write(path: Path, content: bytes) -> None:

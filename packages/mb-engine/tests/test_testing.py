@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions on several ranks: results, environment, errors, time limits, no process left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+import pytest
+from mb_engine.testing import RankError, free_port, run_ranks, tiny_config
+
+pytestmark = pytest.mark.dist
+
+
+def environment(extra):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")
+    return [os.environ[name] for name in names], os.environ["MASTER_PORT"], extra
+
+
+def fail_on_rank_1():
+    if os.environ["RANK"] == "1":
+        raise ValueError("the cause")
+    time.sleep(60)
+
+
+def die():
+    os._exit(3)
+
+
+def hang(folder):
+    (folder / os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_each_rank_gets_its_environment_and_results_come_by_rank():
+    results = run_ranks(environment, 2, {"x": 1})
+    assert [r[0] for r in results] == [
+        [str(rank), str(rank), "2", "127.0.0.1", "1"] for rank in range(2)
+    ]
+    assert results[0][1] == results[1][1]
+    assert results[0][2] == {"x": 1}
+
+
+def test_the_parents_environment_is_left_alone():
+    before = dict(os.environ)
+    run_ranks(environment, 1, None)
+    assert dict(os.environ) == before
+
+
+def test_an_error_of_one_rank_is_raised_with_its_traceback_and_ends_the_others():
+    begun = time.monotonic()
+    with pytest.raises(RankError, match=r"(?s)rank 1:.*fail_on_rank_1.*ValueError: the cause"):
+        run_ranks(fail_on_rank_1, 2)
+    assert time.monotonic() - begun < 50
+
+
+def test_a_rank_that_dies_is_reported():
+    with pytest.raises(RankError, match="rank 0 ended with exit code 3"):
+        run_ranks(die, 1)
+
+
+def test_ranks_that_hang_are_killed_and_reaped(tmp_path):
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] did not end in time"):
+        run_ranks(hang, 2, tmp_path, timeout_s=4)
+    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    assert not any(map(alive, pids))
+
+
+def test_a_function_of_an_installed_module_runs_too():
+    assert run_ranks(subprocess.getoutput, 1, "echo hello") == ["hello"]
+
+
+def test_a_free_port_can_be_bound():
+    assert 1024 <= free_port() < 65536
+
+
+def test_the_tiny_configuration_takes_overrides():
+    config = tiny_config("model.num_layers=2").finalize(1)
+    assert (config.model.num_layers, config.train.num_microbatches) == (2, 4)
