@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +35,11 @@ def transformer_config(config: ConfigContainer) -> Any:
     Raises:
         ConfigError: If ``model.megatron`` names a field that the installed megatron-core does not
             have or that has a field of its own in this configuration.
+        EngineError: If ``model.layer_spec`` is ``te`` where it cannot run.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from mb_engine.model.layer_specs import choose_layer_spec
 
     known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
     values = {
@@ -50,6 +54,8 @@ def transformer_config(config: ConfigContainer) -> Any:
     values["deallocate_pipeline_outputs"] = model.pipeline_model_parallel_size > 1
     # No scope captures whole layers; 0.16 has a deprecated word for it as default.
     values.setdefault("cuda_graph_scope", [])
+    te = choose_layer_spec(config) == "te"
+    values["transformer_impl"] = "transformer_engine" if te else "local"
     extra = dict(model.megatron)
     _check_extra(extra, known=known)
     return TransformerConfig(**{k: v for k, v in (values | extra).items() if k in known})
@@ -79,7 +85,10 @@ def build_model(config: ConfigContainer, layout: ProcessLayout) -> list[Any]:
 
     megatron_config = transformer_config(config)
     stages: list[int | None] = [None] if layout.vpp == 1 else list(range(layout.vpp))
-    chunks = [_build_chunk(config, megatron_config, layout, stage) for stage in stages]
+    with warnings.catch_warnings():
+        # Megatron-core deprecates some of the calls that it makes itself.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        chunks = [_build_chunk(config, megatron_config, layout, stage) for stage in stages]
     if layout.device == "cpu" or megatron_config.use_cpu_initialization:
         initialize_weights(chunks, megatron_config, config.rng, layout)
     for chunk in chunks:
@@ -99,9 +108,7 @@ def _build_chunk(
     from mb_engine.model.layer_specs import block_spec, choose_layer_spec
 
     model = config.model
-    spec = block_spec(
-        megatron_config, layer_spec=choose_layer_spec(config, layout), vp_stage=vp_stage
-    )
+    spec = block_spec(megatron_config, layer_spec=choose_layer_spec(config), vp_stage=vp_stage)
     return GPTModel(
         config=megatron_config,
         transformer_layer_spec=spec,

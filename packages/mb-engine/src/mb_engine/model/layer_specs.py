@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
 from mb_engine.errors import EngineError
@@ -20,19 +21,21 @@ from mb_engine.runtime.megatron_compat import is_moe_spec
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
-    from mb_config.records import ProcessLayout
 
 _INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-def choose_layer_spec(config: ConfigContainer, layout: ProcessLayout) -> str:
+def choose_layer_spec(config: ConfigContainer) -> str:
     """Return ``"te"`` or ``"torch"``: what the model section asks for, or what fits the device.
+
+    Args:
+        config: Resolved.
 
     Raises:
         EngineError: If ``te`` is asked for where it cannot run.
     """
-    on_cuda = layout.device.startswith("cuda")
+    on_cuda = torch.cuda.is_available()
     has_te = importlib.util.find_spec("transformer_engine") is not None
     wanted = config.model.layer_spec
     if wanted == "auto":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _GPT_MODEL = "megatron.core.models.gpt.gpt_model"
+_GROUP_OR_DEFAULT = "get_tensor_model_parallel_group_if_none"
 
 
 @functools.cache
@@ -50,29 +51,52 @@ def prepare_megatron() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16 tests this name in the router but forgets to define it where TE is missing.
         moe_utils.te_general_gemm = None
-    _use_current_collectives()
+    _replace_what_warns_at_each_call()
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
 
 
-def _use_current_collectives() -> None:
-    """Call the collectives by their present names.
+def _replace_what_warns_at_each_call() -> None:
+    """Rebind what megatron-core's modules imported by name and what warns in every layer.
 
-    Newer torch warns at every call of the names that megatron-core took on import.
+    Newer torch renamed two collectives, and megatron-core deprecates a default that its own linears
+    rely on. A warning costs time at every call, even where it is filtered out.
     """
+    from megatron.core import utils
+
+    replacements: dict[str, tuple[Any, Any]] = {
+        _GROUP_OR_DEFAULT: (getattr(utils, _GROUP_OR_DEFAULT), _group_or_default)
+    }
     renamed = {
         "dist_all_gather_func": ("all_gather_into_tensor", "all_gather_single"),
         "dist_reduce_scatter_func": ("reduce_scatter_tensor", "reduce_scatter_single"),
     }
-    modules = [m for name, m in sys.modules.items() if name.startswith("megatron.core.")]
     for attribute, (old, new) in renamed.items():
-        current = getattr(torch.distributed, new, None)
-        if current is None:
-            continue
+        if hasattr(torch.distributed, new):
+            collectives = getattr(torch.distributed, old), getattr(torch.distributed, new)
+            replacements[attribute] = collectives
+    modules = [m for name, m in sys.modules.items() if name.startswith("megatron.core.")]
+    for attribute, (was, becomes) in replacements.items():
         for module in modules:
-            if getattr(module, attribute, None) is getattr(torch.distributed, old):
-                setattr(module, attribute, current)
+            if getattr(module, attribute, None) is was:
+                setattr(module, attribute, becomes)
+
+
+def _group_or_default(
+    tp_group: Any, is_expert: bool = False, check_initialized: bool = True
+) -> Any:
+    """Return *tp_group*, or where it is None the job's tensor-parallel group, if there is one."""
+    if tp_group is not None or not torch.distributed.is_initialized():
+        return tp_group
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return None
+    get = parallel_state.get_tensor_model_parallel_group
+    if is_expert:
+        get = parallel_state.get_expert_tensor_parallel_group
+    return get(check_initialized=check_initialized)
 
 
 def is_moe_spec(mlp: Any) -> bool:
