@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-
 from mb_config import ConfigContainer, ConfigError
 
 SMALL = (

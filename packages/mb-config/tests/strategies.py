@@ -7,15 +7,40 @@ from typing import Any, Literal, get_args, get_origin
 
 import attrs
 from hypothesis import strategies as st
-
 from mb_config import ConfigContainer, LoRA, MixedPrecisionConfig, MockDatasetConfig
 from mb_config._types import hints, is_union
 from mb_config.provenance import put
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 TRICKY = st.sampled_from(
-    ["", "null", "~", "true", "no", "3", "3e-4", "1_000", "0x1f", "1:30", "2024-01-01", "- a", "#b",
-     "a: b", "'", '"', "\\", "\n", "\t", " lead", "é\x85\u2028\ufeff", "\x7f", ".inf", "=", "<<", "%"]
+    [
+        "",
+        "null",
+        "~",
+        "true",
+        "no",
+        "3",
+        "3e-4",
+        "1_000",
+        "0x1f",
+        "1:30",
+        "2024-01-01",
+        "- a",
+        "#b",
+        "a: b",
+        "'",
+        '"',
+        "\\",
+        "\n",
+        "\t",
+        " lead",
+        "é\x85\u2028\ufeff",
+        "\x7f",
+        ".inf",
+        "=",
+        "<<",
+        "%",
+    ]
 )
 STRINGS = TEXT | TRICKY
 
@@ -26,8 +51,12 @@ def _bounded(bounds: dict[str, float], *, integer: bool) -> Any:
         low = None if low is None else int(low) + ("gt" in bounds)
         return st.integers(low, high if high is None else int(high) - ("lt" in bounds))
     return st.floats(
-        low, high, exclude_min="gt" in bounds, exclude_max="lt" in bounds,
-        allow_nan=False, allow_infinity=False,
+        low,
+        high,
+        exclude_min="gt" in bounds,
+        exclude_max="lt" in bounds,
+        allow_nan=False,
+        allow_infinity=False,
     )
 
 
@@ -93,5 +122,3 @@ def containers(draw: Any, *, nulls: bool = True) -> ConfigContainer:
     for path, hint, bounds in chosen:
         put(config, path, draw(values(hint, bounds, nulls=nulls)))
     return config
-
-

@@ -10,7 +10,6 @@ import pathlib
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
-
 from mb_config import ConfigContainer, ConfigError, LoRA, json_schema
 from mb_config.provenance import leaves, same
 
@@ -119,7 +118,9 @@ def test_yaml_says_in_comments_what_was_derived(small):
 
 def test_toml_refuses_a_null_inside_a_mapping(small):
     small.model.megatron = {"mtp_num_layers": None}
-    with pytest.raises(ConfigError, match=r"model\.megatron\.mtp_num_layers=None: TOML has no null"):
+    with pytest.raises(
+        ConfigError, match=r"model\.megatron\.mtp_num_layers=None: TOML has no null"
+    ):
         small.to_toml()
 
 

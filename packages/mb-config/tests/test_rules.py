@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from mb_config import ConfigContainer, ConfigError
 
 MOE = "model.num_moe_experts=4"
@@ -75,8 +74,8 @@ BROKEN = [
     ([PP2, VPP2, "model.num_layers_in_last_pipeline_stage=1"],
      "model.virtual_pipeline_model_parallel_size", "divide the 1 layers"),
     ([PP2, VPP2, "comm_overlap.overlap_p2p_comm=false"], "comm_overlap.overlap_p2p_comm",
-     "2 pipeline stages with virtual stages give wrong results unless overlap_p2p_comm=True and"
-     " batch_p2p_comm=False"),
+     ("2 pipeline stages with virtual stages give wrong results unless overlap_p2p_comm=True and"
+     " batch_p2p_comm=False")),
     ([PP2, VPP2, "comm_overlap.batch_p2p_comm=true"], "comm_overlap.batch_p2p_comm",
      "give wrong results"),
     (["model.pipeline_model_parallel_size=4", "comm_overlap.overlap_p2p_comm=true",
@@ -197,8 +196,8 @@ BROKEN = [
     (["mixed_precision=bf16_with_mxfp8_mixed", "model.layer_spec=torch"], "mixed_precision.fp8",
      "needs Transformer Engine layers"),
     (["mixed_precision=bf16_with_mxfp8_mixed", "dist.device=cpu"], "mixed_precision.fp8", "CUDA"),
-    (["mixed_precision={bf16: true, fp8: hybrid, fp8_recipe: delayed,"
-      " first_last_layers_bf16: true}"], "mixed_precision.first_last_layers_bf16", "delayed"),
+    ([("mixed_precision={bf16: true, fp8: hybrid, fp8_recipe: delayed,"
+      " first_last_layers_bf16: true}")], "mixed_precision.first_last_layers_bf16", "delayed"),
     (["mixed_precision=nemotron_3_super_bf16_with_nvfp4_mixed"],
      "mixed_precision.num_layers_at_end_in_bf16", "at most the 4 layers"),
     # schedule
@@ -238,8 +237,8 @@ BROKEN = [
       "recompute.recompute_num_layers=5"], "recompute.recompute_num_layers", "at most the 4 layers"),
     (["recompute.distribute_saved_activations=true"], "recompute.distribute_saved_activations",
      "needs recompute_granularity=full"),
-    (["recompute={recompute_granularity: full, recompute_method: block, recompute_num_layers: 1,"
-      " distribute_saved_activations: true}", TP2, SP], "recompute.distribute_saved_activations",
+    ([("recompute={recompute_granularity: full, recompute_method: block, recompute_num_layers: 1,"
+      " distribute_saved_activations: true}"), TP2, SP], "recompute.distribute_saved_activations",
      "without sequence parallelism"),
     (["recompute={recompute_granularity: selective, recompute_modules: [moe]}"],
      "recompute.recompute_modules", "moe needs experts"),
@@ -386,7 +385,9 @@ def test_one_violation_is_one_line(small):
 
 
 def test_several_violations_are_listed_in_the_order_of_the_fields(small):
-    broken = small.override("optimizer.min_lr=1.0", "model.num_layers=0", "train.global_batch_size=3")
+    broken = small.override(
+        "optimizer.min_lr=1.0", "model.num_layers=0", "train.global_batch_size=3"
+    )
     with pytest.raises(ConfigError, match="3 problems in the configuration") as caught:
         broken.finalize(4)
     assert [v.field for v in caught.value.violations] == [
@@ -405,5 +406,5 @@ def test_defaults_say_everything_that_is_required():
 
 @pytest.mark.parametrize("world_size", [0, -1, 1.5, "4", True])
 def test_a_world_size_is_a_positive_int(small, world_size):
-    with pytest.raises(ConfigError, match="world_size=.*must be an int of at least 1"):
+    with pytest.raises(ConfigError, match=r"world_size=.*must be an int of at least 1"):
         small.finalize(world_size)

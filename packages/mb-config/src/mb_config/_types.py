@@ -7,6 +7,7 @@ first needed, not at import, which keeps the import fast.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import types
@@ -54,6 +55,7 @@ def expected(hint: Any) -> str:
     return f"a {getattr(hint, '__name__', hint)}"
 
 
+@functools.cache
 def _kind(hint: Any) -> Any:
     return Union if is_union(hint) else get_origin(hint)
 

@@ -7,6 +7,7 @@ Keys are strict, values are never coerced (the string "3" is no int), variants a
 
 from __future__ import annotations
 
+import enum
 import functools
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,7 +16,7 @@ import attrs
 import cattrs
 
 from mb_config import plugins
-from mb_config._types import SECTION_NAMES, adapt, hints, is_union, problem, show
+from mb_config._types import SECTION_NAMES, adapt, expected, hints, is_union, problem, show
 from mb_config.errors import ConfigError, PluginError, Violation
 from mb_config.sections import DatasetConfig, PEFTConfig
 from mb_config.suggestions import did_you_mean
@@ -61,6 +62,7 @@ def converter() -> cattrs.Converter:
         made.register_structure_hook(scalar, _structure_plain)
     made.register_structure_hook_func(_has_optional_section, _structure_optional)
     made.register_structure_hook_factory(attrs.has, lambda cls: functools.partial(_structure, cls))
+    made.register_structure_hook_func(_is_enum, _structure_enum)
     made.register_structure_hook(Path, lambda value, _: Path(_structure_plain(value, str)))
     made.register_unstructure_hook(Path, str)
     made.register_unstructure_hook_factory(attrs.has, lambda _: _unstructure)
@@ -100,6 +102,18 @@ def _structure_optional(value: Any, hint: Any) -> Any:
     return _structure_plain(value, hint)
 
 
+def _is_enum(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+def _structure_enum(value: Any, cls: type[enum.Enum]) -> Any:
+    values = [member.value for member in cls]
+    if value not in values:
+        wanted = f"one of {', '.join(map(repr, values))}"
+        raise _single(value, f"must be {wanted}", f"give {wanted}")
+    return cls(value)
+
+
 def _structure_variant(value: Any, protocol: type) -> Any:
     group, example = VARIANTS[protocol]
     if not isinstance(value, dict):
@@ -130,9 +144,10 @@ def _structure_variant(value: Any, protocol: type) -> Any:
 
 
 def _unknown_type(tag: Any, group: str, known: str) -> _Problems:
-    hint = did_you_mean(str(tag), plugins.names(group))
+    near = did_you_mean(str(tag), plugins.names(group))
+    remedy = near if near.startswith("did") else f"choose one, or register yours under {group!r}"
     return _Problems(
-        [Violation(field="type", value=show(tag), rule=f"must be one of {known}", remedy=hint)]
+        [Violation(field="type", value=show(tag), rule=f"must be one of {known}", remedy=remedy)]
     )
 
 
@@ -150,6 +165,10 @@ def _structure(cls: type, value: Any, _: Any = None) -> Any:
             given[key] = converter().structure(item, types[key])
         except _Problems as below:
             found += [_below(key, v) for v in below.violations]
+        except (TypeError, ValueError, cattrs.BaseValidationError) as error:
+            # a stranger's type with a hook of its own
+            rule = f"must be {expected(types[key])}"
+            found.append(Violation(field=key, value=show(item), rule=rule, remedy=_line(error)))
     if found:
         raise _Problems(found)
     try:
@@ -159,7 +178,11 @@ def _structure(cls: type, value: Any, _: Any = None) -> Any:
         raise _Problems(names) from error
     except (TypeError, ValueError) as error:
         # a stranger's class with validators of its own
-        raise _single(cls.__name__, "must be valid", str(error)) from error
+        raise _single(value, f"is no valid {cls.__name__}", _line(error)) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _unknown_key(cls: type, key: str, item: Any) -> Violation:
@@ -174,12 +197,18 @@ def _unknown_key(cls: type, key: str, item: Any) -> Violation:
 
 
 def _unstructure(section: Any) -> dict[str, Any]:
-    plain = {name: converter().unstructure(getattr(section, name)) for name in hints(type(section))}
-    for group, _ in VARIANTS.values():
-        tag = plugins.name_of(group, type(section))
-        if tag is not None:
-            return {"type": tag, **plain}
-    return plain
+    types = hints(type(section))
+    return {name: _unstructure_field(getattr(section, name), types[name]) for name in types}
+
+
+def _unstructure_field(value: Any, hint: Any) -> Any:
+    plain = converter().unstructure(value)
+    protocol = variant_of(hint)
+    if protocol is None or not attrs.has(type(value)):
+        return plain
+    cls, (group, _) = type(value), VARIANTS[protocol]
+    # a class that nobody registered can be logged, but a file with it cannot be read back
+    return {"type": plugins.name_of(group, cls) or f"{cls.__module__}:{cls.__qualname__}", **plain}
 
 
 def structure(data: Any, cls: type, *, source: str) -> Any:
@@ -199,6 +228,11 @@ def structure(data: Any, cls: type, *, source: str) -> Any:
         error = ConfigError.from_violations(problems.violations)
         message = f"{source}: {error}" if source else str(error)
         raise ConfigError(message, problems.violations) from None
+
+
+def field_data(section: Any, name: str) -> Any:
+    """Return one field of *section* as plain data, with its type if it is a variant."""
+    return _plain(_unstructure_field(getattr(section, name), hints(type(section))[name]))
 
 
 def unstructure(section: Any) -> Any:

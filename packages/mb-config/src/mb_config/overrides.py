@@ -64,7 +64,7 @@ def _set(config: ConfigContainer, path: str, value: Any, override: str) -> Confi
         hint = did_you_mean(name, types)
         raise _refused(override, path, value, f"unknown section {name!r}", hint)
     if not rest:
-        new = _merged(_plain(getattr(config, name)), value)
+        new = _merged(convert.field_data(config, name), value)
     else:
         new = _section_data(config, name, override)
         if rest == "type" and new.get("type") != value:
@@ -79,10 +79,6 @@ def _set(config: ConfigContainer, path: str, value: Any, override: str) -> Confi
 
 def _is_section(config: ConfigContainer, name: str) -> bool:
     return attrs.has(type(getattr(config, name)))
-
-
-def _plain(value: Any) -> Any:
-    return convert.unstructure(value) if attrs.has(type(value)) else value
 
 
 def _merged(old: Any, value: Any) -> Any:
@@ -102,7 +98,7 @@ def _section_data(config: ConfigContainer, name: str, override: str) -> dict[str
     hint = hints(type(config))[name]
     protocol = convert.variant_of(hint)
     if attrs.has(type(current)):
-        data: dict[str, Any] = convert.unstructure(current)
+        data: dict[str, Any] = convert.field_data(config, name)
         return data
     if isinstance(current, dict):
         return copy.deepcopy(current)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
+import pathlib
 import re
 from typing import Any, Literal, get_args, get_origin
 
@@ -73,7 +75,7 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
         if field.metadata.get("derived"):
             schema["readOnly"] = True
         elif not attrs.has(type(default)):
-            schema["default"] = list(default) if isinstance(default, tuple) else default
+            schema["default"] = convert.unstructure(default)
         properties[field.name] = schema
     summary = inspect.cleandoc(cls.__doc__ or "").partition("\n\nAttributes:")[0]
     return {
@@ -85,7 +87,8 @@ def _object(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(  # noqa: PLR0911 - one return a kind of type
-    hint: Any, bounds: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+    hint: Any, bounds: dict[str, Any], definitions: dict[str, Any]
+) -> dict[str, Any]:
     if hint in _SCALARS:
         return {**_SCALARS[hint], **(bounds if hint in (int, float) else {})}
     args = get_args(hint)
@@ -101,7 +104,14 @@ def _schema(  # noqa: PLR0911 - one return a kind of type
         return {"type": "object", "additionalProperties": _schema(args[1], {}, definitions)}
     if hint in convert.VARIANTS:
         return _variants(hint, definitions)
-    return _section(hint, definitions)
+    return _section(hint, definitions) if attrs.has(hint) else _foreign(hint)
+
+
+def _foreign(hint: Any) -> dict[str, Any]:
+    """Return the schema of a type that only strangers' sections have."""
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return {"enum": [member.value for member in hint]}
+    return {"type": "string"} if hint is pathlib.Path else {}
 
 
 def _section(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
