@@ -96,7 +96,9 @@ def _inspect(store: CheckpointStore, options: argparse.Namespace) -> None:
 
 
 def _verify(store: CheckpointStore, options: argparse.Namespace) -> None:
-    steps = (store.steps() or [None]) if options.all else [options.step]
+    steps: list[int | None] = [options.step]
+    if options.all:
+        steps = [*store.steps()] or [None]
     results = [store.verify(step) for step in steps]
     if options.json:
         _print(json.dumps([asdict(result) for result in results], indent=1))

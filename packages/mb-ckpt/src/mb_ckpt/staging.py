@@ -41,6 +41,9 @@ def pack(pieces: Sequence[Piece]) -> tuple[list[int], int]:
     return starts, end
 
 
+_Place = tuple[int, torch.dtype, torch.Size]
+
+
 @frozen(eq=False)
 class Snapshot:
     """Staged values: nobody but the writer touches them until the buffer is staged into again."""
@@ -59,6 +62,8 @@ class HostBuffer:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._places: list[_Place] = []
+        self._views: list[torch.Tensor] = []
 
     def stage(self, pieces: Sequence[Piece], starts: Sequence[int], total: int) -> Snapshot:
         """Copy *pieces* to *starts*.
@@ -67,20 +72,27 @@ class HostBuffer:
         next optimizer step, finds them done.
         """
         on_cuda = any(piece.data.is_cuda for piece in pieces)
-        memory = self._reserve(total, pinned=on_cuda)
-        for piece, start in zip(pieces, starts, strict=True):
-            source = bits(piece.data)
-            if piece.nbytes:
-                target = memory[start : start + piece.nbytes].view(source.dtype)
-                target.view(source.shape).copy_(source, non_blocking=True)
+        self._reserve(total, pinned=on_cuda)
+        sources = [bits(piece.data) for piece in pieces]
+        places = [(at, s.dtype, s.shape) for at, s in zip(starts, sources, strict=True)]
+        if places != self._places:
+            self._views = [self._view(place) for place in places]
+            self._places = places
+        for view, source in zip(self._views, sources, strict=True):
+            view.copy_(source, non_blocking=True)
         event = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        return Snapshot(memory[:total].numpy(), event)
+        return Snapshot(self._memory[:total].numpy(), event)
 
-    def _reserve(self, total: int, *, pinned: bool) -> torch.Tensor:
+    def _view(self, place: _Place) -> torch.Tensor:
+        start, dtype, shape = place
+        nbytes = shape.numel() * dtype.itemsize
+        return self._memory[start : start + nbytes].view(dtype).view(shape)
+
+    def _reserve(self, total: int, *, pinned: bool) -> None:
         if self._memory.numel() < total or (pinned and not self._memory.is_pinned()):
+            self._places, self._views = [], []
             self._memory = torch.empty(0, dtype=torch.uint8)  # freed first: never two buffers
             # Zeroed so that padding never carries what was in memory before.
             self._memory = torch.zeros(total, dtype=torch.uint8, pin_memory=pinned)
-        return self._memory

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import TracebackType
 
+    from mb_ckpt.manifest import Manifest
+
 
 class CheckpointStore:
     """Checkpoints of one run below one directory.
@@ -138,8 +140,10 @@ class CheckpointStore:
         """
         self.wait()
         if step is None:
-            step = self._front.from_first(lambda: catalogue.read_newest(self._store).step)
-        return loading.load(self._store, catalogue.read(self._store, step), state)
+            manifest = self._front.from_first(lambda: catalogue.read_newest(self._store))
+        else:
+            manifest = catalogue.read(self._store, step)
+        return loading.load(self._store, manifest, state)
 
     def steps(self) -> list[int]:
         """Return the committed steps with a readable manifest, ascending."""
@@ -171,6 +175,7 @@ class CheckpointStore:
         self._thread.shutdown(wait=True)
         self._front.close()
         self._back.close()
+        self._buffer = HostBuffer()
         last, self._last = self._last, None
         if last is not None and not last.asked:
             last.result()
@@ -186,7 +191,7 @@ class CheckpointStore:
     ) -> None:
         self.close()
 
-    def _manifest(self, step: int | None) -> Any:
+    def _manifest(self, step: int | None) -> Manifest:
         if step is None:
             return catalogue.read_newest(self._store)
         return catalogue.read(self._store, step)
