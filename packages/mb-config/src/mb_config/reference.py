@@ -65,7 +65,9 @@ def _fields(cls: type) -> str:
         default = f"`{json.dumps(unstructure(default_of(cls, field.name)), ensure_ascii=False)}`"
         if field.metadata.get("derived"):
             default = "derived"
-        takes = expected(types[field.name]).replace("'", "`") + _range(field.metadata.get("bounds", {}))
+        takes = expected(types[field.name]).replace("'", "`") + _range(
+            field.metadata.get("bounds", {})
+        )
         rows.append(f"| `{field.name}` | {takes} | {default} | {about[field.name]} |")
     return "\n".join(rows).replace("``", "`") + "\n"
 
