@@ -211,10 +211,7 @@ def typing(session: nox.Session) -> None:
     install_torch(session)
     tools = ("attrs", "cattrs", "mypy", "numpy", "types-PyYAML", "torch")
     session.install("--no-compile", "-c", str(CONSTRAINTS), *tools)
-    for path in SOURCES.values():
-        session.run("mypy", *(session.posargs or [str(path)]))
-        if session.posargs:
-            break
+    session.run("mypy", *(session.posargs or [str(path) for path in SOURCES.values()]))
 
 
 # Tests

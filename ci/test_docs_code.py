@@ -29,6 +29,11 @@ FILES = [
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
 PACKAGES = {path.parent.name: path for path in ROOT.glob("packages/*/pyproject.toml")}
+PROJECTS = {
+    name: tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    for name, path in PACKAGES.items()
+}
+SCRIPTS = {k: v for project in PROJECTS.values() for k, v in project.get("scripts", {}).items()}
 SHELL = {"cd", "ls", "cat", "export", "git", "source", ".", "tensorboard", "kill", "echo", "curl"}
 """Commands that are not ours and need no check."""
 
@@ -89,8 +94,8 @@ def check_command(words: list[str]) -> None:
         check_nox(rest)
     elif program == "pip":
         check_pip(rest)
-    elif program == "mb-train":
-        check_train(rest)
+    elif program in SCRIPTS:
+        check_script(program, rest)
     elif program in {"python", "python3", "torchrun", "torch.distributed.run", "bash"}:
         scripts = [word for word in rest if word.endswith((".py", ".sh"))]
         for script in scripts[:1]:
@@ -127,17 +132,18 @@ def check_pip(words: list[str]) -> None:
             continue
         req = Requirement(word)
         assert req.name in PACKAGES, f"there is no package {req.name}"
-        project = tomllib.loads(PACKAGES[req.name].read_text(encoding="utf-8"))["project"]
-        unknown = req.extras - set(project.get("optional-dependencies", {}))
+        unknown = req.extras - set(PROJECTS[req.name].get("optional-dependencies", {}))
         assert not unknown, f"{req.name} has no extras {sorted(unknown)}"
 
 
-def check_train(words: list[str]) -> None:
-    command = [sys.executable, "-m", "mb_engine.cli", *words[:1], "--help"]
+def check_script(program: str, words: list[str]) -> None:
+    module, function = SCRIPTS[program].split(":")
+    call = f"import sys, {module} as m; sys.argv[0] = {program!r}; sys.exit(m.{function}())"
+    command = [sys.executable, "-c", call, *words[:1], "--help"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert run.returncode == 0, f"mb-train {words[0]} does not exist: {run.stderr}"
+    assert run.returncode == 0, f"{program} {words[0]} does not exist: {run.stderr}"
     for option in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
-        assert option in run.stdout, f"mb-train {words[0]} has no option {option}"
+        assert option in run.stdout, f"{program} {words[0]} has no option {option}"
 
 
 @pytest.mark.parametrize("block", blocks("yaml", "toml", "json"))
