@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from datetime import timedelta
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from mb_config.records import ProcessLayout
+from torch.distributed.rendezvous import rendezvous
 
 from mb_engine.errors import EngineError
 from mb_engine.runtime import megatron_compat, megatron_cpu
@@ -18,6 +20,8 @@ from mb_engine.runtime.device import Device, select_device
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
 
+_STORES: dict[tuple[str, str], Any] = {}  # the launcher's, or rank 0's: it lives with the process
+_ROUNDS = itertools.count()
 _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -111,21 +115,29 @@ def _connect(device: Device, *, minutes: float) -> None:
             " mb_engine.runtime.distributed.shutdown() before initialize()"
         )
     timeout = timedelta(minutes=minutes)
+    store, rank, world_size = _rendezvous(device, timeout)
+    torch.distributed.init_process_group(
+        device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
+def _rendezvous(device: Device, timeout: timedelta) -> tuple[Any, int, int]:
+    """Return a store that is new to this round of process groups, the rank and their number."""
     if "RANK" not in os.environ:
-        torch.distributed.init_process_group(
-            device.backend,
-            store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
-            rank=0,
-            world_size=1,
-            timeout=timeout,
-        )
-        return
+        return torch.distributed.HashStore(), 0, 1  # type: ignore[attr-defined]
     if device.backend == "gloo" and _on_one_machine():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
-    try:
-        torch.distributed.init_process_group(device.backend, timeout=timeout)
-    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
-        raise EngineError(_no_rendezvous(error)) from error
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    if meeting not in _STORES:
+        try:
+            _STORES[meeting] = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            raise EngineError(_no_rendezvous(error)) from error
+    # A process may form its groups several times: what they wrote must not meet again.
+    prefix = f"round_{next(_ROUNDS)}"
+    store = torch.distributed.PrefixStore(prefix, _STORES[meeting])  # type: ignore[attr-defined]
+    return store, rank, world_size
 
 
 def _no_rendezvous(error: Exception) -> str:
