@@ -12,36 +12,35 @@ from mb_config._types import hints, is_union
 from mb_config.provenance import put
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
-TRICKY = st.sampled_from(
-    [
-        "",
-        "null",
-        "~",
-        "true",
-        "no",
-        "3",
-        "3e-4",
-        "1_000",
-        "0x1f",
-        "1:30",
-        "2024-01-01",
-        "- a",
-        "#b",
-        "a: b",
-        "'",
-        '"',
-        "\\",
-        "\n",
-        "\t",
-        " lead",
-        "é\x85\u2028\ufeff",
-        "\x7f",
-        ".inf",
-        "=",
-        "<<",
-        "%",
-    ]
-)
+TRICKY_STRINGS = [
+    "",
+    "null",
+    "~",
+    "true",
+    "no",
+    "3",
+    "3e-4",
+    "1_000",
+    "0x1f",
+    "1:30",
+    "2024-01-01",
+    "- a",
+    "#b",
+    "a: b",
+    "'",
+    '"',
+    "\\",
+    "\n",
+    "\t",
+    " lead",
+    "é\x85\u2028\ufeff",
+    "\x7f",
+    ".inf",
+    "=",
+    "<<",
+    "%",
+]
+TRICKY = st.sampled_from(TRICKY_STRINGS)
 STRINGS = TEXT | TRICKY
 
 

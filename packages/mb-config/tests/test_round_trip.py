@@ -22,7 +22,8 @@ def _strategies():
     return module
 
 
-containers = _strategies().containers
+strategies = _strategies()
+containers = strategies.containers
 PROPERTY = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -70,6 +71,17 @@ def test_toml_comes_back(tmp_path_factory, config):
     path = tmp_path_factory.getbasetemp() / "c.toml"
     config.to_toml(path)
     assert_identical(ConfigContainer.from_toml(path), config)
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json", "toml"])
+def test_strings_that_look_like_something_else_stay_strings(tmp_path, kind):
+    config = ConfigContainer()
+    config.dataset.path = list(strategies.TRICKY_STRINGS)
+    config.env_vars = {text: text for text in strategies.TRICKY_STRINGS}
+    config.model.megatron = {text: [text, {text: text}] for text in strategies.TRICKY_STRINGS}
+    path = tmp_path / f"c.{kind}"
+    getattr(config, f"to_{kind}")(path)
+    assert_identical(getattr(ConfigContainer, f"from_{kind}")(path), config)
 
 
 @PROPERTY

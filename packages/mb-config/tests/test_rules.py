@@ -176,6 +176,8 @@ BROKEN = [
      "ddp.num_distributed_optimizer_instances", "must divide the data-parallel size 4"),
     (["optimizer.use_precision_aware_optimizer=true"], "optimizer.use_precision_aware_optimizer",
      "needs adam and the distributed optimizer"),
+    (["optimizer.use_precision_aware_optimizer=true", "optimizer.use_distributed_optimizer=true",
+      "dist.device=cpu"], "optimizer.use_precision_aware_optimizer", "needs CUDA"),
     (["optimizer.exp_avg_dtype=bfloat16"], "optimizer.exp_avg_dtype", "must be float32 without"),
     (["ddp.average_in_collective=true"], "ddp.average_in_collective", "calculate_per_token_loss"),
     # precision
