@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -173,9 +174,16 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _log_to_stderr(config: ConfigContainer) -> None:
+    """Log this toolkit's own messages as configured; of other packages what is worth a warning."""
     rank = int(os.environ.get("RANK", "0"))
-    level = config.logger.logging_level if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
+    level = logging.getLevelNamesMapping()[config.logger.logging_level]
+    quiet = max(level, logging.WARNING) if level > logging.DEBUG else level
+    logging.basicConfig(level=quiet, format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
+    for package in ("mb_engine", "mb_ckpt", "mb_peft", "mb_distill", "mb_logging"):
+        logging.getLogger(package).setLevel(level if rank == 0 else quiet)
+    if level > logging.DEBUG:
+        # Its warnings are about how it is written, not about what the user does.
+        warnings.filterwarnings("ignore", module=r"megatron\.")
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ class _Job:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         from mb_engine.data.datasets import build_datasets
+        from mb_engine.data.loader import sample_order
         from mb_engine.data.tokenizers import build_tokenizer
         from mb_engine.runtime.distributed import world_size_from_environment
 
@@ -126,7 +127,8 @@ class _Job:
         config = with_vocabulary(config, self.tokenizer)
         config = config.finalize(world_size_from_environment())
         self.datasets = datasets or build_datasets(config, self.tokenizer)
-        self.config = with_epochs(config, num_samples=len(self.datasets.train))
+        order = sample_order(config, len(self.datasets.train))
+        self.config = with_epochs(config, num_samples=order.epoch_size)
         self.evaluations: dict[str, EvalEvent] = {}
 
     def build(self, **parts: Any) -> Engine:
@@ -234,6 +236,7 @@ class _Job:
         validation = {
             name: partial(evaluation_steps, dataset, config=config, layout=layout)
             for name, dataset in self.datasets.valid.items()
+            if config.validation.eval_iters or config.validation.full_validation
         }
         saver = None
         if config.checkpoint.save and parts.checkpointer is not None:
