@@ -9,9 +9,13 @@ import pytest
 from mb_config import ConfigContainer, ConfigError, PluginError, json_schema, plugins
 
 STRANGER = '''
+from __future__ import annotations
 from pathlib import Path
+from typing import TYPE_CHECKING
 import enum
 import attrs
+if TYPE_CHECKING:
+    from nowhere import Columns
 
 class Mode(enum.Enum):
     FAST = "fast"
@@ -32,6 +36,7 @@ class ParquetConfig:
     folder: Path = Path("data")
     mode: Mode = Mode.FAST
     inner: Inner = attrs.field(factory=Inner)
+    columns: Columns = "all"
     limit: int = attrs.field(default=1, validator=attrs.validators.ge(1))
     seq_length: int | None = None
 '''

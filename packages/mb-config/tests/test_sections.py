@@ -190,3 +190,12 @@ def test_both_datasets_have_what_every_dataset_has():
     shared = set(sections.DatasetConfig.__annotations__)
     for cls in (TextDatasetConfig, MockDatasetConfig):
         assert shared <= {a.name for a in attrs.fields(cls)}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_every_annotation_of_ours_can_be_evaluated(cls):
+    from typing import Any
+
+    from mb_config._types import hints
+
+    assert [name for name, hint in hints(cls).items() if hint is Any] == []

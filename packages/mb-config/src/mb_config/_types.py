@@ -200,16 +200,27 @@ def _name(value: object) -> str:
 
 
 def hints(cls: type) -> dict[str, Any]:
-    """Return the type of each public field of an attrs class, by name."""
+    """Return the type of each public field of an attrs class, by name.
+
+    An annotation of a stranger that cannot be evaluated, as its names are imported for type
+    checkers alone, counts as plain data.
+    """
     known = _HINTS.get(cls)
     if known is None:
         names = vars(sys.modules[cls.__module__])
         known = _HINTS[cls] = {
-            a.name: eval(a.type, names) if isinstance(a.type, str) else a.type  # noqa: S307
-            for a in attrs.fields(cls)
-            if a.init
+            a.name: _evaluated(a.type, names) for a in attrs.fields(cls) if a.init
         }
     return known
+
+
+def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
+    if not isinstance(annotation, str):
+        return Any if annotation is None else annotation
+    try:
+        return eval(annotation, names)  # noqa: S307 - the text of a class's own annotation
+    except NameError:
+        return Any
 
 
 def checked(instance: object, attribute: attrs.Attribute[Any], value: Any) -> Any:

@@ -38,9 +38,8 @@ def resolve(draft: Draft) -> None:
 
 def _is_evaluated(draft: Draft) -> bool:
     validation = draft.config.validation
-    return validation.eval_iters > 0 and (
-        validation.eval_interval is not None or validation.skip_train
-    )
+    runs = validation.eval_iters > 0 or validation.full_validation
+    return runs and (validation.eval_interval is not None or validation.skip_train)
 
 
 def _text(draft: Draft, dataset: TextDatasetConfig, *, evaluated: bool) -> None:
@@ -91,7 +90,7 @@ def _evaluation(draft: Draft) -> None:
         "give validation.eval_interval",
     )
     draft.require(
-        not validation.skip_train or validation.eval_iters > 0,
+        not validation.skip_train or validation.eval_iters > 0 or validation.full_validation,
         "validation.eval_iters",
         "must be above 0 with skip_train, which would do nothing",
         "raise it",

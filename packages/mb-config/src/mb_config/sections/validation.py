@@ -15,7 +15,7 @@ class ValidationConfig:
 
     Attributes:
         eval_interval: Steps between evaluations; null evaluates only as eval_at_end says.
-        eval_iters: Batches of one evaluation; 0 switches evaluation off.
+        eval_iters: Batches of one evaluation; 0 switches it off, but for full_validation.
         start_eval_at_iter: First step at which to evaluate; null means from the start.
         eval_global_batch_size: Samples of one evaluation batch; null means as in training.
         eval_micro_batch_size: Samples at a time; null means as in training.
