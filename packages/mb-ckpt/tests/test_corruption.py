@@ -75,11 +75,9 @@ def test_the_damaged_tensor_is_named_and_the_others_still_load(run):
 def test_a_flipped_bit_anywhere_in_the_manifest_is_detected(run):
     root, _, load = run
     path = root / "step_00000004" / "manifest.json"
-    chosen = random.Random(1)
-    for bit in [
-        *range(0, 1200, 7),
-        *(chosen.randrange(path.stat().st_size * 8) for _ in range(60)),
-    ]:
+    chosen, bits = random.Random(1), path.stat().st_size * 8
+    somewhere = [chosen.randrange(bits) for _ in range(60)]
+    for bit in [*range(0, 1200, 7), *somewhere, *range(bits - 24, bits)]:
         flip(path, bit)
         with pytest.raises(CheckpointError, match=r"is corrupt|format_version=\d+.*upgrade"):
             load()

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
+import os
+import shutil
 import threading
 
 import pytest
@@ -133,6 +136,23 @@ def test_retention_keeps_the_newest_and_every_nth(url, kept, expected):
         store.wait()
         assert store.steps() == expected
         store.verify(expected[0])
+
+
+def test_a_step_that_could_be_deleted_only_in_part_does_not_show(tmp_path, monkeypatch, caplog):
+    def lose_data_and_fail(path):
+        for file in path.glob("data-*/rank_*/c/*"):
+            file.unlink()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with CheckpointStore(tmp_path, keep_last=1) as store:
+        store.save(1, {"w": torch.ones(2)}).result()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lose_data_and_fail)
+            store.save(2, {"w": torch.ones(2)}).result()
+        assert "could not delete old steps" in caplog.text
+        assert store.steps() == [2]
+        store.save(3, {"w": torch.ones(2)}).result()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
 def test_retention_leaves_later_steps_of_an_earlier_run_alone(tmp_path):
