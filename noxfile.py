@@ -36,7 +36,7 @@ METADATA: dict[str, dict[str, Any]] = {
 }
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 COMPAT_MEGATRON = "0.19.2"
-CODE = ("packages", "ci", "benchmarks", "examples", "noxfile.py")
+CODE = ("packages", "tests", "ci", "benchmarks", "examples", "noxfile.py")
 ENV = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     "HF_HUB_OFFLINE": "1",
@@ -72,6 +72,7 @@ nox.options.sessions = [
     "typing",
     *(f"alone({name})" for name in PACKAGES),
     *(f"tests({name})" for name in PACKAGES),
+    "together",
     "docs_code",
 ]
 
@@ -235,9 +236,16 @@ def alone(session: nox.Session, package: str) -> None:
 
 
 @nox.session(python=PYTHON)
+def together(session: nox.Session) -> None:
+    """Run the tests that need several packages, with all of them installed."""
+    install(session, "mb-engine[ckpt,peft,distill,logging]", tools="pytest")
+    session.run("pytest", str(ROOT / "tests"), *session.posargs, env=ENV)
+
+
+@nox.session(python=PYTHON)
 def docs_code(session: nox.Session) -> None:
     """Run the Python of README and docs, and check the commands and configurations they show."""
-    install(session, *PACKAGES, "mb-engine[ckpt,peft,distill,logging]", tools="pytest nox")
+    install(session, "mb-engine[ckpt,peft,distill,logging]", tools="pytest nox")
     env = ENV | {"OMP_NUM_THREADS": "2"}
     session.run("pytest", str(ROOT / "ci" / "test_docs_code.py"), *session.posargs, env=env)
 
@@ -266,7 +274,7 @@ def gpu(session: nox.Session) -> None:
     """Run the tests that need CUDA, with the torch and Transformer Engine already installed."""
     session.install("-c", str(CONSTRAINTS), "pytest", "hypothesis")
     session.install("--no-deps", *(str(wheel(session, name)) for name in PACKAGES))
-    session.run("pytest", "-m", "gpu", "packages", *session.posargs)
+    session.run("pytest", "-m", "gpu", "packages", "tests", *session.posargs)
 
 
 # The main job
