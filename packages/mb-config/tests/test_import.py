@@ -36,4 +36,4 @@ def test_reading_resolving_and_writing_load_no_heavy_module():
 def test_import_takes_less_than_100_ms_of_processor_time():
     code = "import time; t = time.process_time(); import mb_config; print(time.process_time() - t)"
     # the best of some runs: the first compiles bytecode, and others may share the machine
-    assert min(float(python(code)) for _ in range(7)) < 0.1
+    assert min(float(python(code)) for _ in range(10)) < 0.1

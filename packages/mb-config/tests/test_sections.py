@@ -118,6 +118,15 @@ def test_a_dataset_of_ones_own_can_be_put_in():
         ConfigContainer(dataset={"type": "text"})
 
 
+def test_a_section_shows_what_is_not_default():
+    config = ConfigContainer().override("train.train_iters=3", "dataset.type=mock", "peft.rank=3")
+    assert repr(config) == (
+        "ConfigContainer(train=TrainingConfig(train_iters=3), dataset=MockDatasetConfig(),"
+        " peft=LoRA(rank=3))"
+    )
+    assert repr(ConfigContainer()) == "ConfigContainer()"
+
+
 def test_errors_are_for_users():
     assert issubclass(ConfigError, UserError)
     assert issubclass(ConfigError, ValueError)

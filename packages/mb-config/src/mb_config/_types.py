@@ -248,3 +248,25 @@ def check_all(instance: Any) -> None:
         if attribute.init:
             value = checked(instance, attribute, getattr(instance, attribute.name))
             object.__setattr__(instance, attribute.name, value)
+
+
+def concise(self: Any) -> str:
+    """Return the section with the fields that differ from their defaults (its ``__repr__``).
+
+    Shared by all sections: a method generated for each would make the import slower.
+    """
+    shown = [
+        f"{a.name}={value!r}"
+        for a in attrs.fields(type(self))
+        if a.repr and (value := getattr(self, a.name)) != default_of(a)
+    ]
+    return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def default_of(attribute: attrs.Attribute[Any]) -> Any:
+    """Return the default of a field, new if it is a list, dict or section."""
+    default: Any = attribute.default
+    return default.factory() if isinstance(default, _FACTORY) else default
+
+
+_FACTORY: Any = attrs.Factory

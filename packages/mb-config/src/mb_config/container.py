@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import define, field
 
-from mb_config._types import SECTION_NAMES, check_all, checked, hints
+from mb_config._types import SECTION_NAMES, check_all, checked, concise, hints
 from mb_config.sections import (
     CheckpointConfig,
     CommOverlapConfig,
@@ -93,6 +93,7 @@ class ConfigContainer:
     _origins: dict[str, Origin] = field(factory=dict, init=False, repr=False, eq=False)
 
     __attrs_post_init__ = check_all
+    __repr__ = concise
 
     def finalize(self, world_size: int) -> ConfigContainer:
         """Return a resolved copy for *world_size* ranks; this container stays as it is.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from attrs import frozen
 
+from mb_config import _types
 from mb_config._types import hints, show
 from mb_config.errors import ConfigError, Violation
 from mb_config.suggestions import did_you_mean
@@ -119,11 +120,9 @@ def _default(config: ConfigContainer, path: str) -> Any:
 
 def default_of(cls: type, name: str) -> Any:
     """Return the default of one field of an attrs class, new if it is a list, dict or section."""
-    default: Any = attrs.fields_dict(cls)[name].default
-    return default.factory() if isinstance(default, _FACTORY) else default
+    return _types.default_of(attrs.fields_dict(cls)[name])
 
 
-_FACTORY: Any = attrs.Factory
 _NOTHING = object()
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 CudaGraphScope = Literal[
     "full_iteration", "attn", "mlp", "moe", "moe_router", "moe_preprocess", "mamba"
@@ -30,3 +30,4 @@ class CudaGraphConfig:
     cuda_graph_warmup_steps: int = number(3, ge=0)
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

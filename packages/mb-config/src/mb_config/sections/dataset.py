@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from attrs import define, field
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 class DatasetConfig(Protocol):
@@ -63,6 +63,7 @@ class TextDatasetConfig:
     drop_last: bool = True
 
     __attrs_post_init__ = check_all
+    __repr__ = concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -93,3 +94,4 @@ class MockDatasetConfig:
     drop_last: bool = True
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

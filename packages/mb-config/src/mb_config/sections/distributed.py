@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define, field
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -34,6 +34,7 @@ class DistributedInitConfig:
     high_priority_stream_groups: list[str] = field(factory=list)
 
     __attrs_post_init__ = check_all
+    __repr__ = concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -75,3 +76,4 @@ class DistributedDataParallelConfig:
     reuse_grad_buf_for_mxfp8_param_ag: bool | None = None
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

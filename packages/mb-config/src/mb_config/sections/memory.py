@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 RecomputeModule = Literal[
     "core_attn", "mla_up_proj", "moe_act", "layernorm", "mlp", "moe", "shared_experts"
@@ -35,6 +35,7 @@ class RecomputeConfig:
     distribute_saved_activations: bool = False
 
     __attrs_post_init__ = check_all
+    __repr__ = concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -68,3 +69,4 @@ class OffloadConfig:
     pin_cpu_params: bool = True
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from attrs import define, field
 
 from mb_config._fields import derived, number, within
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -188,3 +188,4 @@ class ModelConfig:
     megatron: dict[str, Any] = field(factory=dict)
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 from mb_config.sections.model import DTypeName
 
 
@@ -80,3 +80,4 @@ class OptimizerConfig:
     params_dtype: DTypeName | None = None
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

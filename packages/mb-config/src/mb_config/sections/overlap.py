@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -39,3 +39,4 @@ class CommOverlapConfig:
     delay_wgrad_compute: bool = False
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from attrs import define, field
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 class PEFTConfig(Protocol):
@@ -49,3 +49,4 @@ class LoRA:
     lora_B_init_method: Literal["xavier", "normal", "kaiming", "zero"] = "zero"  # noqa: N815
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 from mb_config.sections.model import DTypeName
 
 
@@ -67,6 +67,7 @@ class MixedPrecisionConfig:
     reuse_grad_buf_for_mxfp8_param_ag: bool = False
 
     __attrs_post_init__ = check_all
+    __repr__ = concise
 
 
 _BF16: Final[dict[str, Any]] = {"bf16": True}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from attrs import define, field
 
 from mb_config._fields import number, within
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -30,3 +30,4 @@ class ProfilingConfig:
     with_stack: bool = False
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

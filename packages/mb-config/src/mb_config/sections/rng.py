@@ -6,7 +6,7 @@ from __future__ import annotations
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -25,3 +25,4 @@ class RNGConfig:
     te_rng_tracker: bool = False
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

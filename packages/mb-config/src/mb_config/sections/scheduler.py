@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import derived, number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -61,3 +61,4 @@ class SchedulerConfig:
     wsd_decay_steps: int | None = derived()
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define
 
 from mb_config._fields import number
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -27,3 +27,4 @@ class TokenizerConfig:
     vocab_size: int | None = number(None, ge=1)
 
     __attrs_post_init__ = check_all
+    __repr__ = concise

@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import define, field
 
 from mb_config._fields import derived, number, within
-from mb_config._types import check_all, checked
+from mb_config._types import check_all, checked, concise
 
 
 @define(kw_only=True, on_setattr=checked)
@@ -70,3 +70,4 @@ class TrainingConfig:
     num_microbatches: int | None = derived()
 
     __attrs_post_init__ = check_all
+    __repr__ = concise
