@@ -114,7 +114,8 @@ def run(store: Store, ranks: Ranks, job: Job, retention: Retention) -> None:
     try:
         _run(store, ranks, job, retention)
     except CheckpointError as e:
-        _LOG.error("checkpoint of step %d failed: %s", job.step, e)  # one line
+        if ranks.rank == 0:  # every rank raises it; one says it, without a traceback
+            _LOG.error("checkpoint of step %d failed: %s", job.step, e)
         raise
 
 
