@@ -310,8 +310,7 @@ class Engine:
         self._hooks_on = bool(ddp.use_distributed_optimizer and ddp.overlap_param_gather)
 
     def _loss_scale(self) -> float:
-        mixed = self.config.mixed_precision
-        if mixed is None or not getattr(mixed, "fp16", False):
+        if not self.config.model.fp16:
             return 1.0
         return float(self.optimizer.get_loss_scale())
 

@@ -245,6 +245,7 @@ class _Job:
                 path=config.checkpoint.save,
                 emit=emit,
                 blocking=not config.checkpoint.async_save,
+                refuse=config.checkpoint.async_queue == "refuse",
             )
         return TrainLoop(
             engine=engine,

@@ -29,28 +29,32 @@ class BackgroundSaver:
         path: The place in words, for reports.
         emit: Takes the records.
         blocking: Wait until each save is durable.
+        refuse: Leave it to the checkpointer to refuse a save while one is in flight.
     """
 
     checkpointer: Checkpointer
     path: str
     emit: Callable[[Event], None]
     blocking: bool = False
+    refuse: bool = False
     last_step: int = field(default=-1, init=False)
     failures: int = field(default=0, init=False)
     _handle: SaveHandle | None = field(default=None, init=False)
     _begun: float = field(default=0.0, init=False)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Begin to save *state* as *step*; an earlier save is waited for first."""
-        self.finish()
-        self._begun = time.perf_counter()
-        self.last_step = step
+        """Begin to save *state* as *step*; an earlier save is waited for, or this one refused."""
+        if not self.refuse:
+            self.finish()
+        begun = time.perf_counter()
         try:
-            self._handle = self.checkpointer.save(step, state)
+            handle = self.checkpointer.save(step, state)
         except Exception as error:  # noqa: BLE001 - a failed save must not end the training
-            self._failed(error)
+            self._failed(step, error)
             return
-        blocked = time.perf_counter() - self._begun
+        self.finish()
+        self._handle, self._begun, self.last_step = handle, begun, step
+        blocked = time.perf_counter() - begun
         self.emit(SaveEvent(step=step, path=self.path, status="started", seconds=blocked))
         if self.blocking:
             self.finish()
@@ -62,7 +66,8 @@ class BackgroundSaver:
         try:
             self._handle.wait_staged()
         except Exception as error:  # noqa: BLE001 - see save
-            self._failed(error)
+            self._handle = None
+            self._failed(self.last_step, error)
             return
         if self._handle.done():
             self.finish()
@@ -75,15 +80,15 @@ class BackgroundSaver:
         try:
             handle.result()
         except Exception as error:  # noqa: BLE001 - see save
-            self._failed(error)
+            self._failed(self.last_step, error)
             return
         seconds = time.perf_counter() - self._begun
         self.emit(SaveEvent(step=self.last_step, path=self.path, status="saved", seconds=seconds))
 
-    def _failed(self, error: Exception) -> None:
-        self._handle = None
+    def _failed(self, step: int, error: Exception) -> None:
         self.failures += 1
         message = " ".join(str(error).split()) or type(error).__name__
-        logger.error("saving step %d failed, training goes on: %s", self.last_step, message)
-        self.emit(SaveEvent(step=self.last_step, path=self.path, status="failed", error=message))
-        self.last_step = -1
+        logger.error("saving step %d failed, training goes on: %s", step, message)
+        self.emit(SaveEvent(step=step, path=self.path, status="failed", error=message))
+        if step == self.last_step:
+            self.last_step = -1  # so that the end of the run tries again
