@@ -12,7 +12,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from mb_engine.model.autograd import first_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,11 @@ def token_cross_entropy(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
         logits_SBV: Any float dtype, contiguous; the whole vocabulary.
         labels_SB: int64, below V; the loss of a negative label means nothing and is to be masked.
     """
-    return _TokenCrossEntropy.apply(logits_SBV.float(), labels_SB.clamp(min=0).unsqueeze(-1))  # type: ignore[no-any-return]
+    labels_SB1 = labels_SB.clamp(min=0).unsqueeze(-1)
+    losses_SB: Tensor = _TokenCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        logits_SBV.float().contiguous(), labels_SB1
+    )
+    return losses_SB
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
@@ -45,7 +50,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return log_probs.gather(-1, labels_SB1).squeeze(-1).neg_()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the logits in their memory."""
         log_probs, labels = ctx.saved_tensors
@@ -53,9 +58,9 @@ class _TokenCrossEntropy(torch.autograd.Function):
         rows = log_probs.numel() // width
         step = rows if log_probs.is_cuda else max(1, _BLOCK_ELEMENTS // width)
         blocks = zip(
-            log_probs.view(rows, width).split(step),
-            labels.view(rows, 1).split(step),
-            grad_SB.reshape(rows, 1).split(step),
+            torch.split(log_probs.view(rows, width), step),
+            torch.split(labels.reshape(rows, 1), step),
+            torch.split(grad_SB.reshape(rows, 1), step),
             strict=True,
         )
         minus_one = log_probs.new_full((1, 1), -1.0)

@@ -105,11 +105,13 @@ def _build_chunk(
 ) -> Any:
     from megatron.core.models.gpt import GPTModel
 
+    from mb_engine.model.language_model import TorchGPTModel
     from mb_engine.model.layer_specs import block_spec, choose_layer_spec
 
     model = config.model
-    spec = block_spec(megatron_config, layer_spec=choose_layer_spec(config), vp_stage=vp_stage)
-    return GPTModel(
+    layer_spec = choose_layer_spec(config)
+    spec = block_spec(megatron_config, layer_spec=layer_spec, vp_stage=vp_stage)
+    return (TorchGPTModel if layer_spec == "torch" else GPTModel)(
         config=megatron_config,
         transformer_layer_spec=spec,
         vocab_size=model.padded_vocab_size,

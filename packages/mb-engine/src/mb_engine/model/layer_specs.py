@@ -16,8 +16,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
 from mb_engine.errors import EngineError
 from mb_engine.model.attention import TorchAttention
+from mb_engine.model.linears import ColumnLinear, RowLinear
+from mb_engine.model.mlp import TorchMLP
 from mb_engine.model.norms import norm_class
-from mb_engine.runtime.megatron_compat import is_moe_spec
+from mb_engine.model.self_attention import TorchSelfAttention
+from mb_engine.model.transformer_layer import TorchTransformerLayer
+from mb_engine.runtime.megatron_compat import dense_mlp_spec, is_moe_spec
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
@@ -72,19 +76,24 @@ def block_spec(config: Any, *, layer_spec: str, vp_stage: int | None) -> Any:
         block.layer_norm = norm
         # Layers of one kind share one spec object.
         for layer in {id(spec): spec for spec in block.layer_specs}.values():
+            layer.module = TorchTransformerLayer
             _use_torch(layer.submodules, config, norm)
     return block
 
 
 def _use_torch(layer: Any, config: Any, norm: type) -> None:
-    """Put this package's norms and attention in place of megatron-core's own in one layer spec."""
+    """Put this package's modules in place of megatron-core's own in one layer spec."""
     layer.input_layernorm = norm
     layer.pre_mlp_layernorm = norm
     layer.sharded_state_dict_keys_map = dict(_INPUT_NORM)
     if not is_moe_spec(layer.mlp):
         layer.sharded_state_dict_keys_map |= _MLP_NORM
+        layer.mlp = dense_mlp_spec(TorchMLP, layer.mlp)
+    layer.self_attention.module = TorchSelfAttention
     attention = layer.self_attention.submodules
     attention.core_attention = TorchAttention
+    attention.linear_qkv = ColumnLinear
+    attention.linear_proj = RowLinear
     if config.qk_layernorm and not config.qk_l2_norm:
         attention.q_layernorm = norm
         attention.k_layernorm = norm

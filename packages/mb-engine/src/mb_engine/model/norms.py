@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mb_engine.model.autograd import first_order
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -45,6 +47,11 @@ class RMSNorm(nn.Module):
         """Return the normalized input, same shape."""
         weight_H = self.weight + 1 if self.zero_centered else self.weight
         if x_H.dtype == weight_H.dtype:
+            if x_H.dtype == torch.float32 and not x_H.is_cuda:
+                out_H: Tensor = _RMSNormOnCPU.apply(  # type: ignore[no-untyped-call]
+                    x_H, weight_H, self.eps
+                )
+                return out_H
             return functional.rms_norm(x_H, self.shape, weight_H, self.eps)
         # A float32 residual stream with 16-bit weights.
         return functional.rms_norm(x_H, self.shape, weight_H.to(x_H.dtype), self.eps).to(
@@ -88,6 +95,37 @@ class LayerNorm(nn.Module):
 def norm_class(normalization: str) -> type[nn.Module]:
     """Return the norm that megatron-core's ``normalization`` names."""
     return {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[normalization]
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    """RMSNorm in float32 with as few passes over the input as torch's own kernels allow.
+
+    Torch has a fused kernel on CUDA only; on a CPU it composes the norm of six operations and lets
+    autograd differentiate each, which took 1.8 times as long at H = 256 and 1.4 at H = 64.
+
+    With ``n = x / rms(x)``: ``dx = (g - n * mean(g * n)) / rms(x)`` for ``g = dy * weight``, and
+    ``dweight = sum(dy * n)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_H: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        """Return the normalized input and keep it without the weight."""
+        length = torch.linalg.vector_norm(x_H, dim=-1, keepdim=True)
+        inverse = length.square_().mul_(1.0 / x_H.size(-1)).add_(eps).rsqrt_()
+        normalized_H: Tensor = x_H * inverse
+        ctx.save_for_backward(normalized_H, inverse, weight_H)
+        return normalized_H * weight_H
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_H: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """Return the gradients of input and weight."""
+        normalized_H, inverse, weight_H = ctx.saved_tensors
+        width = weight_H.size(0)
+        by_token = (grad_H * normalized_H).reshape(-1, width)
+        mean = torch.mv(by_token, weight_H).mul_(-1.0 / width).view_as(inverse)
+        grad_x_H = torch.addcmul(grad_H * weight_H, normalized_H, mean).mul_(inverse)
+        return grad_x_H, by_token.sum(0) if ctx.needs_input_grad[1] else None, None
 
 
 def _parameter(config: Any, shape: tuple[int, ...], *, value: float) -> nn.Parameter:

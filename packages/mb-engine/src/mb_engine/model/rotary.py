@@ -11,7 +11,8 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from mb_engine.model.autograd import first_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,9 @@ def split_and_rotate(
     """
     cos, sin = rotary_table(angles_S11D, mixed.dtype)
     mixed_SBGXD = mixed.view(mixed.size(0), mixed.size(1), groups, -1, width)
-    query, key, value = _SplitAndRotate.apply(mixed_SBGXD, cos, sin)
+    query, key, value = _SplitAndRotate.apply(  # type: ignore[no-untyped-call]
+        mixed_SBGXD, cos, sin
+    )
     return query, key, value
 
 
@@ -73,7 +76,7 @@ class _SplitAndRotate(torch.autograd.Function):
         return query, turned[..., queries, :], mixed_SBGXD[..., queries + 1, :]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None, None]:
         """Turn the gradients back and put them side by side."""
         cos, sin = ctx.saved_tensors

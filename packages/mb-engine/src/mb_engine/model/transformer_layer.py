@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ class TorchTransformerLayer(TransformerLayer):  # type: ignore[misc]
             and not self.recompute_mlp
             and not any(_is_on(getattr(config, name, None)) for name in _UNUSUAL)
         )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer past the questions that megatron-core asks about CUDA graphs."""
+        if self.is_usual:
+            return nn.Module.__call__(self, *args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def forward(
         self,

@@ -6,6 +6,7 @@ what                                    0.16.1                       0.19.2
 ======================================  ===========================  ==============================
 ``moe_utils.te_general_gemm``           undefined without TE         None without TE
 spec of the expert layer                ``ModuleSpec``               ``functools.partial``
+spec of the dense MLP                   ``ModuleSpec``               ``functools.partial``
 q and k norm of a plain attention       ``IdentityOp``               ``None``
 ``initialize_model_parallel``           ``create_all_gather_group``  ``gtp_remat_size``, and others
 ``GPTModel``                            silent                       logs that it is deprecated
@@ -105,6 +106,19 @@ def is_moe_spec(mlp: Any) -> bool:
 
     target = mlp.func if isinstance(mlp, functools.partial) else getattr(mlp, "module", mlp)
     return isinstance(target, type) and issubclass(target, MoELayer)
+
+
+def dense_mlp_spec(mlp_class: type, spec: Any) -> Any:
+    """Return what makes a transformer layer build its dense MLP as *mlp_class*.
+
+    Args:
+        mlp_class: A subclass of megatron-core's ``MLP`` whose submodules have defaults.
+        spec: The ``mlp`` part of the layer spec that is to be replaced.
+    """
+    if isinstance(spec, functools.partial):
+        return functools.partial(mlp_class.as_mlp_submodule, submodules=None)  # type: ignore[attr-defined]
+    # 0.16 takes a bare class as it is, but warns of a spec whose module is not its own.
+    return mlp_class
 
 
 def sharded_state_dict(chunk: Any, metadata: Mapping[str, Any]) -> Any:
