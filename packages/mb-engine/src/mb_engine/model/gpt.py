@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _SECTIONS = ("model", "recompute", "offload", "cuda_graph", "comm_overlap", "mixed_precision")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Set by the engine itself, so that nothing else may.
-_OWN = ("activation_func", "attention_backend", "params_dtype", "pipeline_dtype")
 
 
 def transformer_config(config: ConfigContainer) -> Any:
@@ -34,7 +32,7 @@ def transformer_config(config: ConfigContainer) -> Any:
 
     Raises:
         ConfigError: If ``model.megatron`` names a field that the installed megatron-core does not
-            have or that has a field of its own in this configuration.
+            have.
         EngineError: If ``model.layer_spec`` is ``te`` where it cannot run.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -156,16 +154,15 @@ def _check_extra(extra: dict[str, Any], *, known: set[str]) -> None:
     from megatron.core import __version__
 
     violations = []
-    for name, value in extra.items():
-        field = f"model.megatron.{name}"
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "leave it out"
-            rule = f"megatron-core {__version__} has no such TransformerConfig field"
-        elif name in _OWN:
-            rule, remedy = "this has a field of its own", f"set model.{name}"
-        else:
-            continue
-        violations.append(Violation(field=field, value=repr(value), rule=rule, remedy=remedy))
+    for name in extra.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        violations.append(
+            Violation(
+                field=f"model.megatron.{name}",
+                value=repr(extra[name]),
+                rule=f"megatron-core {__version__} has no such TransformerConfig field",
+                remedy=f"did you mean {near[0]}?" if near else "leave it out",
+            )
+        )
     if violations:
-        raise ConfigError.from_violations(violations)
+        raise ConfigError.from_violations(sorted(violations, key=lambda v: v.field))

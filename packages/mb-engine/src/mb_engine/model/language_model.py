@@ -27,6 +27,9 @@ class TorchGPTModel(GPTModel):  # type: ignore[misc]
         if self.post_process:
             self.output_layer: Any = _with_weight_of(self.output_layer, self)
 
+    def _set_attention_backend(self) -> None:
+        """Leave Transformer Engine's variables alone; the torch spec reads the configuration."""
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Return the loss of every token, float32 ``[B, S]``.
 
