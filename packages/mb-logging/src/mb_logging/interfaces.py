@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recorder asks of a sink. Implementers match it by shape and import nothing from here."""
+"""What this package asks of others. Implementers match by shape and import nothing from here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from mb_config.records import Event
@@ -22,4 +22,20 @@ class MetricSink(Protocol):
 
     def close(self) -> None:
         """Finish; called once, after the last record."""
+        ...
+
+
+class SpanClock(Protocol):
+    """Takes times for :class:`mb_logging.timers.Timers`.
+
+    One for CUDA records an event in ``mark``, and in ``seconds`` waits for the second event and
+    returns ``begin.elapsed_time(end) / 1000``.
+    """
+
+    def mark(self) -> Any:
+        """Return a mark of now; must not wait for a device."""
+        ...
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        """Return the seconds between two marks; may wait until both have come to pass."""
         ...

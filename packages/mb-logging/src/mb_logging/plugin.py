@@ -9,39 +9,46 @@ from typing import TYPE_CHECKING
 from mb_config import plugins
 from mb_config.errors import ConfigError, Violation
 
+from mb_logging.guard import GuardedSink
 from mb_logging.recorder import Recorder
 from mb_logging.sinks.console import Console
 from mb_logging.sinks.jsonl import JSONL
+from mb_logging.sinks.plot import Plot
+from mb_logging.sinks.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
 
     from mb_logging.interfaces import MetricSink
-    from mb_logging.sinks.plot import Plot
-    from mb_logging.sinks.tensorboard import TensorBoard
 
+GROUP = "mb.metric_sinks"
 METRICS = "metrics.jsonl"
-_SINKS = "mb.metric_sinks"
+PICTURE = "loss.png"
 
 
 def make_recorder(config: ConfigContainer) -> Recorder:
-    """Return a recorder with the sinks that ``logger.sinks`` names; the console if it names none.
+    """Return a recorder with the sinks that ``logger.sinks`` names; the console if that is None.
+
+    A name that stands there twice is one sink.
 
     Raises:
         UserError: If a sink is unknown, lacks a package, or needs ``logger.log_dir``.
     """
     names = config.logger.sinks if config.logger.sinks is not None else ["console"]
-    return Recorder(*(_sink(name, config) for name in names))
-
-
-def _sink(name: str, config: ConfigContainer) -> MetricSink:
-    sink: MetricSink = plugins.load(_SINKS, name)(config)
-    return sink
+    sinks: list[MetricSink] = []
+    try:
+        for name in dict.fromkeys(names):
+            sinks.append(plugins.load(GROUP, name)(config))  # noqa: PERF401 - close those made
+    except BaseException:
+        for sink in sinks:
+            GuardedSink(sink=sink).close()
+        raise
+    return Recorder(*sinks)
 
 
 def make_console(config: ConfigContainer) -> Console:
-    """Return the sink for people."""
-    return Console(config.train.train_iters)
+    """Return the sink for people; it prints every report, for ``logger.log_interval`` spaces them."""
+    return Console(config.train.train_iters, interval_s=0.0)
 
 
 def make_jsonl(config: ConfigContainer) -> JSONL:
@@ -50,19 +57,15 @@ def make_jsonl(config: ConfigContainer) -> JSONL:
 
 
 def make_tensorboard(config: ConfigContainer) -> TensorBoard:
-    """Return the sink for TensorBoard, in ``logger.tensorboard_dir`` or below the log folder."""
-    from mb_logging.sinks.tensorboard import TensorBoard
-
+    """Return the sink for TensorBoard, in ``logger.tensorboard_dir`` or below ``logger.log_dir``."""
     folder = config.logger.tensorboard_dir
     return TensorBoard(folder or _folder(config, "tensorboard") / "tensorboard")
 
 
 def make_plot(config: ConfigContainer) -> Plot:
     """Return the sink that draws ``loss.png`` in ``logger.log_dir``."""
-    from mb_logging.sinks.plot import Plot
-
     folder = _folder(config, "plot")
-    return Plot(folder / "loss.png", history=folder / METRICS)
+    return Plot(folder / PICTURE, history=folder / METRICS)
 
 
 def _folder(config: ConfigContainer, sink: str) -> Path:

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, SupportsFloat, SupportsInt
 
-from mb_config.records import RunEnd, RunInfo, StepEvent
+from mb_config.records import RunEnd, StepEvent
+
+from mb_logging.guard import GuardedSink
+from mb_logging.own_loop import OwnLoop
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from mb_config.records import Event
@@ -20,40 +25,54 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MAX_FAILURES = 3
-
 
 class Recorder:
-    """Gives every record to every sink, on one background thread.
+    """Gives every record to every sink, in order, on one background thread.
 
     A slow sink never makes training wait: when *capacity* records are waiting, the oldest step
-    records are dropped and counted; other kinds are never dropped. A sink that raises is reported
-    in the log, and left out after three failures. Nothing is ever raised into training.
+    record gives way and is counted in ``dropped``; records of other kinds are never dropped. A sink
+    that raises is reported in the log, and left out when it has failed three times in a row; the
+    others go on. Nothing is ever raised into training.
 
-    Use it as a context manager, or call :meth:`close`; both wait for the sinks, at most
-    *flush_timeout_s*.
+    It is a callback of mb-engine by its shape (``on_event``, ``close``), and a context manager for
+    a loop of one's own, with :meth:`step` and :meth:`evaluation`. Leaving the context, ``close`` and
+    the end of the process all write what still waits; they wait for the sinks *flush_timeout_s* at
+    most. What comes after ``close`` is passed over.
 
     Args:
         sinks: Where records go.
         capacity: Records that may wait.
         flush_timeout_s: Seconds that ``close`` waits.
+        flops_per_token: Model FLOPs of forward and backward of one token, for ``step`` to report
+            TFLOP/s; 0 where unknown.
+        num_devices: Devices that share the work of ``step``.
+        clock: Seconds of any clock that does not go back, for ``step``.
     """
 
     def __init__(
-        self, *sinks: MetricSink, capacity: int = 1024, flush_timeout_s: float = 30.0
+        self,
+        *sinks: MetricSink,
+        capacity: int = 1024,
+        flush_timeout_s: float = 30.0,
+        flops_per_token: float = 0.0,
+        num_devices: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity={capacity} must be at least 1")
         self.dropped = 0
-        self._sinks = list(sinks)
-        self._failures = dict.fromkeys(map(id, sinks), 0)
+        self._sinks = [GuardedSink(sink=sink) for sink in sinks]
         self._capacity = capacity
         self._flush_timeout_s = flush_timeout_s
+        self._loop = OwnLoop(flops_per_token=flops_per_token, num_devices=num_devices, clock=clock)
         self._waiting: deque[Event] = deque()
-        self._wake = threading.Condition()
+        self._changed = threading.Condition()
+        self._busy = False
         self._closing = False
-        self._tokens = 0
-        self._last = time.perf_counter()
+        self._ended = False
         self._thread = threading.Thread(target=self._work, name="mb-logging", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def __enter__(self) -> Self:
         """Return the recorder."""
@@ -65,60 +84,100 @@ class Recorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the sinks, whatever happened."""
+        """Record the end of a loop of one's own and close, whatever happened."""
+        if self._loop.steps and not self._ended:
+            self.on_event(self._loop.end(error))
         self.close()
 
     def on_event(self, event: Event) -> None:
-        """Take one record; returns at once."""
-        with self._wake:
+        """Take one record; returns at once and never raises."""
+        with self._changed:
             if self._closing:
                 return
             if len(self._waiting) >= self._capacity:
                 self._drop_one()
+            self._ended = isinstance(event, RunEnd)
             self._waiting.append(event)
-            self._wake.notify()
+            self._changed.notify_all()
 
     def step(
-        self, step: int, *, loss: float, tokens: int = 0, lr: float = 0.0, **more: float
+        self,
+        step: int,
+        *,
+        loss: SupportsFloat,
+        tokens: SupportsInt = 0,
+        samples: SupportsInt = 0,
+        lr: SupportsFloat = 0.0,
+        grad_norm: SupportsFloat | None = None,
+        **metrics: SupportsFloat,
     ) -> None:
-        """Record one step of a loop of one's own.
+        """Record one step of a loop of one's own; it is timed from the last call to this one.
+
+        Numbers may be 0-d tensors; reading one from a GPU waits for it, so call this every few
+        steps there.
 
         Args:
-            step: Steps done, this one included.
-            loss: Mean loss a token.
-            tokens: Tokens of this step over all ranks.
+            step: Number of the step, counted from 0 or 1.
+            loss: Mean loss a token, in nats.
+            tokens: Tokens since the last call, over all ranks.
+            samples: Samples since the last call, over all ranks.
             lr: Learning rate.
-            more: ``grad_norm``, and further numbers by name.
+            grad_norm: Norm of the gradient before clipping.
+            metrics: Further numbers by name.
         """
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        self._tokens += tokens
-        grad_norm = more.pop("grad_norm", None)
-        self.on_event(
-            StepEvent(
-                step=step,
-                consumed_samples=0,
-                consumed_tokens=self._tokens,
-                loss=float(loss),
-                learning_rate=lr,
-                grad_norm=grad_norm,
-                seconds=seconds,
-                tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
-                metrics={name: float(value) for name, value in more.items()},
-            )
+        event = self._loop.step(
+            step,
+            loss=loss,
+            tokens=tokens,
+            samples=samples,
+            lr=lr,
+            grad_norm=grad_norm,
+            metrics=metrics,
         )
+        self.on_event(event)
+
+    def evaluation(
+        self,
+        step: int,
+        *,
+        loss: SupportsFloat,
+        name: str = "validation",
+        tokens: SupportsInt = 0,
+        **metrics: SupportsFloat,
+    ) -> None:
+        """Record an evaluation of a loop of one's own; its time counts for no step.
+
+        Args:
+            step: The step it came after.
+            loss: Mean loss a token, in nats.
+            name: Name of the data set.
+            tokens: Tokens the mean covers.
+            metrics: Further numbers by name.
+        """
+        event = self._loop.evaluation(step, loss=loss, name=name, tokens=tokens, metrics=metrics)
+        self.on_event(event)
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait until the sinks took every record; return False if *timeout_s* was not enough."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._waiting or self._busy), timeout_s)
 
     def close(self) -> None:
         """Write what waits, close the sinks and end the thread; a second call does nothing."""
-        with self._wake:
+        with self._changed:
             if self._closing:
                 return
             self._closing = True
-            self._wake.notify()
+            self._changed.notify_all()
+        atexit.unregister(self.close)
         self._thread.join(self._flush_timeout_s)
         if self._thread.is_alive():
+            with self._changed:
+                left = len(self._waiting) + self._busy
             logger.warning(
-                "sinks did not finish in %.0f s; the last records are lost", self._flush_timeout_s
+                "the sinks were not done after %g s; %d records may be lost",
+                self._flush_timeout_s,
+                left,
             )
         if self.dropped:
             logger.warning("%d step records were dropped: a sink is too slow", self.dropped)
@@ -131,33 +190,19 @@ class Recorder:
                 return
 
     def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not self._waiting and not self._closing:
-                    self._wake.wait()
-                if not self._waiting:
-                    break
-                event = self._waiting.popleft()
-            for sink in list(self._sinks):
-                self._write(sink, event)
+        while (event := self._next()) is not None:
+            for sink in self._sinks:
+                sink.write(event)
         for sink in self._sinks:
-            try:
-                sink.close()
-            except Exception:
-                logger.exception("closing %s failed", type(sink).__name__)
+            sink.close()
 
-    def _write(self, sink: MetricSink, event: Event) -> None:
-        try:
-            sink.write(event)
-        except Exception as error:
-            failures = self._failures[id(sink)] = self._failures[id(sink)] + 1
-            logger.exception("%s failed on a record", type(sink).__name__)
-            lifecycle = isinstance(event, (RunInfo, RunEnd))
-            if failures >= _MAX_FAILURES and not lifecycle:
-                logger.warning(
-                    "%s failed %d times and is left out from now on: %s",
-                    type(sink).__name__,
-                    failures,
-                    error,
-                )
-                self._sinks.remove(sink)
+    def _next(self) -> Event | None:
+        """Return the oldest record when there is one, None when there will be none any more."""
+        with self._changed:
+            self._busy = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            if not self._waiting:
+                return None
+            self._busy = True
+            return self._waiting.popleft()

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
+import attrs
 from mb_config.records import EvalEvent, RunEnd, RunInfo, SaveEvent, StepEvent
 
 from mb_logging.interfaces import MetricSink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mb_config.records import Event
 
@@ -34,7 +36,12 @@ class MemorySink:
 def sample_events() -> list[Event]:
     """Return one run's records, of every kind, with numbers that are hard to print."""
     return [
-        RunInfo(run_name="sample", total_steps=2, num_parameters=1_234_567),
+        RunInfo(
+            run_name="sample",
+            total_steps=2,
+            num_parameters=1_234_567,
+            config={"model": {"num_layers": 2, "window_size": None}, "sinks": ["console"]},
+        ),
         StepEvent(
             step=1,
             consumed_samples=8,
@@ -51,6 +58,7 @@ def sample_events() -> list[Event]:
             loss=5.5,
             learning_rate=2e-4,
             grad_norm=float("nan"),
+            seconds=0.5,
             tokens_per_second=1e6,
             tflops_per_device=0.01,
             metrics={"accuracy": 0.25},
@@ -64,7 +72,11 @@ def sample_events() -> list[Event]:
 
 
 def check_sink(make: Callable[[], MetricSink]) -> None:
-    """Check that a sink takes every kind of record, none at all, and is closed once.
+    """Check that a sink does what the recorder asks of it.
+
+    It must take every kind of record, none at all, steps without a run, and a run that begins
+    again at an earlier step; and it must work on another thread than the one that made it, and
+    leave the records as they are.
 
     Args:
         make: Returns a new sink.
@@ -75,7 +87,29 @@ def check_sink(make: Callable[[], MetricSink]) -> None:
     idle = make()
     assert isinstance(idle, MetricSink), f"{type(idle).__name__} lacks write(event) or close()"
     idle.close()
-    sink = make()
-    for event in sample_events():
-        sink.write(event)
-    sink.close()
+    run = sample_events()
+    again = RunInfo(run_name="sample", total_steps=2, start_step=1)
+    for events in (run, run[1:3], [*run, again, *run[2:]]):
+        before = [attrs.asdict(event) for event in events]
+        _write_all(make(), events)
+        after = [attrs.asdict(event) for event in events]
+        assert repr(before) == repr(after), "the sink changed a record that others will get"
+
+
+def _write_all(sink: MetricSink, events: Sequence[Event]) -> None:
+    """Write on another thread, as the recorder does, and raise what the sink raises."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for event in events:
+                sink.write(event)
+            sink.close()
+        except BaseException as error:  # noqa: BLE001 - raised below, on the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]

@@ -1,141 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees: a progress bar on a terminal, one line a report elsewhere."""
+"""What a person sees: a live bar on a terminal, one line a report elsewhere."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, TextIO
 
 from mb_config.records import EvalEvent, RunEnd, RunInfo, SaveEvent, StepEvent
 
+from mb_logging import wording
+from mb_logging.progress import Progress
+from mb_logging.sinks.displays import PlainLines, TextBar
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mb_config.records import Event
 
-_BAR = 24
+    from mb_logging.sinks.displays import Display
 
 
 class Console:
-    """Prints every record; on a terminal, steps become a bar that is drawn over itself.
+    """Shows every record; on a terminal, steps become a bar that is drawn over itself.
+
+    The bar is rich's where rich is installed. Where the stream is no terminal (a file, a pipe, a
+    notebook, ``TERM=dumb``) a step becomes an aligned line, *interval_s* after the last one at the
+    earliest; the first and the last step, and the one before an evaluation or a save, always do.
 
     Args:
         total: Steps of the whole run, for the bar and the time left; taken from ``RunInfo`` if None.
         stream: Where to; standard output if None.
-        interval_s: Between two step lines where there is no terminal, at least so many seconds.
+        interval_s: Seconds between two step lines where there is no terminal.
+        clock: Seconds of any clock that does not go back.
     """
 
     def __init__(
-        self, total: int | None = None, *, stream: TextIO | None = None, interval_s: float = 0.0
+        self,
+        total: int | None = None,
+        *,
+        stream: TextIO | None = None,
+        interval_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total = total
-        self._start = 0
-        self._stream = stream or sys.stdout
-        self._live = self._stream.isatty()
-        self._interval_s = interval_s
-        self._printed = float("-inf")
-        self._began = time.monotonic()
-        self._bar_width = 0
+        stream = sys.stdout if stream is None else stream
+        self._given_total = total
+        self._progress = Progress(total=total, clock=clock)
+        self._display = _display(stream, self._progress, interval_s=interval_s, clock=clock)
+        self._device = ""
 
     def write(self, event: Event) -> None:
-        """Print *event*."""
+        """Show *event*."""
         if isinstance(event, StepEvent):
-            self._step(event)
+            self._progress.add(event)
+            self._display.step(event, device=self._device)
         elif isinstance(event, RunInfo):
-            self._total = event.total_steps if self._total is None else self._total
-            self._start, self._began = event.start_step, time.monotonic()
-            self._line(_run_line(event))
+            self._device = event.device
+            if self._given_total is None:
+                self._progress.total = event.total_steps
+            self._progress.restart(start_step=event.start_step)
+            self._display.line(wording.run_line(event), style="bold")
         elif isinstance(event, EvalEvent):
-            self._line(
-                f"step {event.step:>6}  {event.name}: loss {event.loss:.4f}"
-                f"  perplexity {event.perplexity:.2f}  ({event.seconds:.1f} s)"
-            )
+            self._at(event.step, wording.eval_line(event), style="green")
         elif isinstance(event, SaveEvent):
-            self._save(event)
+            text = wording.save_line(event)
+            if text is not None:
+                self._at(event.step, text, style="bold red" if event.error else "dim")
         elif isinstance(event, RunEnd):
-            self._line(f"ended after step {event.step}: {event.reason} ({event.seconds:.0f} s)")
+            self._display.close()  # the bar stays above the line that ends it
+            self._display.line(
+                wording.end_line(event), style="bold red" if event.exit_code else "bold"
+            )
 
     def close(self) -> None:
-        """End the bar's line."""
-        if self._bar_width:
-            self._stream.write("\n")
-            self._bar_width = 0
-        self._stream.flush()
+        """Leave the last state on the stream; a second call does nothing."""
+        self._display.close()
 
-    def _step(self, event: StepEvent) -> None:
-        text = self._step_text(event)
-        if self._live:
-            padding = " " * max(0, self._bar_width - len(text))
-            self._stream.write(f"\r{text}{padding}")
-            self._stream.flush()
-            self._bar_width = len(text)
-            return
-        now = time.monotonic()
-        last = self._total is not None and event.step >= self._total
-        if last or now - self._printed >= self._interval_s:
-            self._printed = now
-            self._line(text)
-
-    def _step_text(self, event: StepEvent) -> str:
-        parts = [
-            f"loss {event.loss:.4f}",
-            f"lr {event.learning_rate:.2e}",
-            f"grad norm {event.grad_norm:.3f}" if event.grad_norm is not None else "",
-            f"{event.tokens_per_second:,.0f} tokens/s" if event.tokens_per_second else "",
-            f"{_tflops(event.tflops_per_device)} TFLOP/s" if event.tflops_per_device else "",
-            f"loss scale {event.loss_scale:.0f}" if event.loss_scale is not None else "",
-            f"skipped {event.skipped_steps}" if event.skipped_steps else "",
-            *(f"{name} {value:.4g}" for name, value in event.metrics.items()),
-            self._time_left(event.step),
-        ]
-        body = "  ".join(p for p in parts if p)
-        if self._total is None:
-            return f"step {event.step:>6}  {body}"
-        done = min(1.0, event.step / self._total)
-        if not self._live:
-            return f"step {event.step:>6}/{self._total}  {body}"
-        full = round(done * _BAR)
-        bar = "━" * full + "─" * (_BAR - full)
-        return f"{bar} {event.step}/{self._total}  {body}"
-
-    def _time_left(self, step: int) -> str:
-        done = step - self._start
-        if self._total is None or done <= 0:
-            return ""
-        left = (time.monotonic() - self._began) / done * max(0, self._total - step)
-        return f"ETA {_clock(left)}"
-
-    def _save(self, event: SaveEvent) -> None:
-        if event.status == "saved":
-            self._line(f"step {event.step:>6}  checkpoint in {event.path} ({event.seconds:.1f} s)")
-        elif event.status == "failed":
-            self._line(f"step {event.step:>6}  CHECKPOINT FAILED: {event.error}")
-
-    def _line(self, text: str) -> None:
-        if self._bar_width:
-            self._stream.write("\r" + " " * self._bar_width + "\r")
-            self._bar_width = 0
-        self._stream.write(text + "\n")
-        self._stream.flush()
+    def _at(self, step: int, text: str, *, style: str) -> None:
+        self._display.line(f"step {step:>6}  {text}", style=style)
 
 
-def _run_line(event: RunInfo) -> str:
-    size = _scaled(event.num_parameters)
-    resumed = f", from step {event.start_step}" if event.start_step else ""
-    return f"{event.run_name}: {size} parameters on {event.device}, {event.layout}{resumed}"
+def _display(
+    stream: TextIO, progress: Progress, *, interval_s: float, clock: Callable[[], float]
+) -> Display:
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return PlainLines(stream, progress, interval_s=interval_s, clock=clock)
+    if find_spec("rich") is None:
+        return TextBar(stream, progress)
+    from mb_logging.sinks.rich_bar import RichBar
 
-
-def _scaled(number: float) -> str:
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.2f} {unit}"
-    return f"{number:.0f}"
-
-
-def _tflops(value: float) -> str:
-    return f"{value:.1f}" if value >= 1 else f"{value:.3f}"
-
-
-def _clock(seconds: Any) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return RichBar(stream, progress)

@@ -6,11 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mb_config.records import EvalEvent, StepEvent
+from mb_config.records import EvalEvent, RunInfo, StepEvent
 
 from mb_logging.encoding import read_events
-from mb_logging.errors import require
-from mb_logging.plots import plot_events
+from mb_logging.errors import make_folder, require
+from mb_logging.plots import curves_of, draw
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -24,35 +24,43 @@ class Plot:
     Args:
         picture: The file to write.
         history: A metrics file with what earlier parts of a resumed run reported, if any.
+        title: Above the picture; the run's name if None.
 
     Raises:
-        LoggingError: If matplotlib is not installed.
+        LoggingError: If matplotlib is not installed, or *history* cannot be read.
     """
 
     def __init__(
-        self, picture: str | PathLike[str], *, history: str | PathLike[str] | None = None
+        self,
+        picture: str | PathLike[str],
+        *,
+        history: str | PathLike[str] | None = None,
+        title: str | None = None,
     ) -> None:
-        require("matplotlib", extra="plot", sink="plot")
+        # Now, while nothing trains yet: it takes a second.
+        require("matplotlib.backends.backend_agg", extra="plot", sink="plot")
         self.picture = Path(picture)
-        self.picture.parent.mkdir(parents=True, exist_ok=True)
-        earlier = Path(history) if history is not None else None
-        self._events: list[Event] = (
-            [e for e in read_events(earlier) if isinstance(e, (StepEvent, EvalEvent))]
-            if earlier is not None and earlier.is_file()
-            else []
-        )
+        make_folder(self.picture.parent, sink="plot")
+        earlier = history if history is not None and Path(history).is_file() else None
+        self._curves = curves_of(read_events(earlier) if earlier is not None else ())
+        self._given_title = title
+        self._title = title or ""
+        self._stale = False
 
     def write(self, event: Event) -> None:
         """Keep *event*, and draw after an evaluation."""
-        if isinstance(event, (StepEvent, EvalEvent)):
-            self._events.append(event)
+        self._curves.add(event)
+        self._stale = self._stale or isinstance(event, (StepEvent, EvalEvent))
+        if isinstance(event, RunInfo) and self._given_title is None:
+            self._title = event.run_name
         if isinstance(event, EvalEvent):
             self._draw()
 
     def close(self) -> None:
-        """Draw for the last time."""
+        """Draw what was not drawn yet."""
         self._draw()
 
     def _draw(self) -> None:
-        if any(isinstance(e, StepEvent) for e in self._events):
-            plot_events(self._events, self.picture)
+        if self._stale and self._curves.train:
+            draw(self._curves, self.picture, title=self._title)
+            self._stale = False
