@@ -149,7 +149,6 @@ BROKEN = [
     (["validation.start_eval_at_iter=5"], "validation.start_eval_at_iter", "without eval_interval"),
     (["validation.skip_train=true", "validation.eval_iters=0"], "validation.eval_iters", "do nothing"),
     # data
-    (["dataset.path=[]"], "dataset.path", "names no text to train on"),
     (["dataset.split='90,20,0'"], "dataset.split", "add up to 100"),
     (["dataset.split='abc'"], "dataset.split", "percentages"),
     (["dataset.split='0,100,0'"], "dataset.split", "nothing to train on"),
@@ -402,7 +401,7 @@ def test_defaults_say_everything_that_is_required():
         ConfigContainer().finalize(1)
     assert {v.field for v in caught.value.violations} == {
         "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.seq_length",
-        "train.train_iters", "dataset.path",
+        "train.train_iters",
     }  # fmt: skip
 
 

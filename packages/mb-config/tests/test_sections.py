@@ -3,10 +3,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import pathlib
-
 import attrs
 import pytest
 from mb_config import (
@@ -15,7 +11,6 @@ from mb_config import (
     LoRA,
     MixedPrecisionConfig,
     MockDatasetConfig,
-    ModelConfig,
     TextDatasetConfig,
     TrainingConfig,
     UserError,
@@ -139,60 +134,6 @@ def test_named_precisions_make_sections(name):
     assert made.fp16 == name.startswith("fp16")
     assert bool(made.fp8) == ("fp8" in name)
     assert bool(made.fp4) == ("fp4" in name)
-
-
-def _megatron_fields(module: str, *classes: str) -> set[str]:
-    spec = importlib.util.find_spec("megatron.core")
-    if spec is None or spec.origin is None:
-        pytest.skip("megatron-core is not installed here")
-    tree = ast.parse((pathlib.Path(spec.origin).parent / module).read_text(encoding="utf-8"))
-    return {
-        item.target.id
-        for node in tree.body
-        if isinstance(node, ast.ClassDef) and node.name in classes
-        for item in node.body
-        if isinstance(item, ast.AnnAssign)
-    }
-
-
-class TestNamesAreMegatrons:
-    """What is handed on by name must exist there."""
-
-    def names(self, cls):
-        return {a.name for a in attrs.fields(cls) if a.init}
-
-    def transformer(self):
-        model = _megatron_fields("model_parallel_config.py", "ModelParallelConfig")
-        return model | _megatron_fields("transformer/transformer_config.py", "TransformerConfig")
-
-    def test_of_the_model(self):
-        ours = {
-            "seq_length", "max_position_embeddings", "vocab_size", "padded_vocab_size",
-            "make_vocab_size_divisible_by", "position_embedding_type", "rotary_base",
-            "rotary_percent", "share_embeddings_and_output_weights", "layer_spec", "megatron",
-        }  # fmt: skip
-        assert self.names(ModelConfig) - self.transformer() == ours
-
-    @pytest.mark.parametrize("cls", ["CommOverlapConfig", "RecomputeConfig", "CudaGraphConfig"])
-    def test_of_overlap_recomputation_and_graphs(self, cls):
-        assert self.names(getattr(sections, cls)) <= self.transformer()
-
-    def test_of_offloading(self):
-        optimizer = _megatron_fields("optimizer/optimizer_config.py", "OptimizerConfig")
-        assert self.names(sections.OffloadConfig) <= self.transformer() | optimizer
-
-    def test_of_the_optimizer(self):
-        theirs = _megatron_fields("optimizer/optimizer_config.py", "OptimizerConfig")
-        assert self.names(sections.OptimizerConfig) <= theirs
-
-    def test_of_data_parallelism(self):
-        file = "distributed/distributed_data_parallel_config.py"
-        theirs = _megatron_fields(file, "DistributedDataParallelConfig")
-        assert self.names(sections.DistributedDataParallelConfig) <= theirs
-
-    def test_of_low_precision(self):
-        low = {n for n in self.names(MixedPrecisionConfig) if n.startswith(("fp8", "fp4", "num_"))}
-        assert low - {"fp8_param_gather"} <= self.transformer()
 
 
 def test_both_datasets_have_what_every_dataset_has():

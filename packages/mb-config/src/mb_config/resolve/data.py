@@ -43,12 +43,6 @@ def _is_evaluated(draft: Draft) -> bool:
 
 
 def _text(draft: Draft, dataset: TextDatasetConfig, *, evaluated: bool) -> None:
-    draft.require(
-        dataset.path,
-        "dataset.path",
-        "names no text to train on",
-        "give files, or pydoc:topics for the documentation inside Python",
-    )
     shares = _shares(dataset.split)
     if not draft.require(
         shares is not None,
