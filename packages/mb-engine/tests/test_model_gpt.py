@@ -59,6 +59,18 @@ def test_fields_of_every_section_pass_by_name():
     assert config.transformer_impl == "local"
 
 
+def test_what_cuda_graphs_capture_passes_under_the_name_of_each_version():
+    from mb_engine.runtime.megatron_compat import cuda_graph_fields
+
+    old, new = {"cuda_graph_scope"}, {"cuda_graph_scope", "cuda_graph_modules"}
+    assert cuda_graph_fields(None, known=old) == {"cuda_graph_scope": []}
+    assert cuda_graph_fields(["attn"], known=new) == {"cuda_graph_modules": ["attn"]}
+    assert cuda_graph_fields(["full_iteration"], known=new) == {
+        "cuda_graph_modules": [],
+        "cuda_graph_impl": "full_iteration",
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "function"),
     [("silu", functional.silu), ("gelu", functional.gelu), ("relu", functional.relu)],

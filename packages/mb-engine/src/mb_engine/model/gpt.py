@@ -13,6 +13,8 @@ from attrs import fields_dict
 from mb_config.errors import ConfigError, Violation
 from torch.nn import functional
 
+from mb_engine.runtime.megatron_compat import cuda_graph_fields
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -50,8 +52,8 @@ def transformer_config(config: ConfigContainer) -> Any:
     values |= _translated(model)
     # A stage's output is sent on and then only its autograd node is needed.
     values["deallocate_pipeline_outputs"] = model.pipeline_model_parallel_size > 1
-    # No scope captures whole layers; 0.16 has a deprecated word for it as default.
-    values.setdefault("cuda_graph_scope", [])
+    values.pop("cuda_graph_scope", None)
+    values |= cuda_graph_fields(config.cuda_graph.cuda_graph_scope, known=known)
     te = choose_layer_spec(config) == "te"
     values["transformer_impl"] = "transformer_engine" if te else "local"
     extra = dict(model.megatron)

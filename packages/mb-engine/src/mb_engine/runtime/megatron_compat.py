@@ -10,7 +10,8 @@ spec of the dense MLP                   ``ModuleSpec``               ``functools
 q and k norm of a plain attention       ``IdentityOp``               ``None``
 ``initialize_model_parallel``           ``create_all_gather_group``  ``gtp_remat_size``, and others
 ``GPTModel``                            silent                       logs that it is deprecated
-``cuda_graph_scope=None``               becomes ``full`` and warns   stays None
+``moe.ops.paged_stash``                 is not there                imports triton without asking
+``cuda_graph_scope``                    None means the old ``full``   is ``cuda_graph_modules``
 ======================================  ===========================  ==============================
 """
 
@@ -18,19 +19,23 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import sys
+import types
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mb_engine.errors import EngineError
 from mb_engine.runtime import megatron_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
 _GPT_MODEL = "megatron.core.models.gpt.gpt_model"
+_TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
 _GROUP_OR_DEFAULT = "get_tensor_model_parallel_group_if_none"
 
 
@@ -41,6 +46,8 @@ def prepare_megatron() -> None:
     On import it warns of optional packages (Apex, Transformer Engine) that the engine does not
     need; those warnings are left out. Call it after the CPU adapter is installed.
     """
+    if importlib.util.find_spec("triton") is None:
+        sys.modules.setdefault(_TRITON_KERNELS, _without_triton())
     with warnings.catch_warnings(), megatron_cpu.eager_import():
         warnings.simplefilter("ignore")
         moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -56,6 +63,29 @@ def prepare_megatron() -> None:
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
+
+
+def _without_triton() -> types.ModuleType:
+    """Return what the module of triton kernels is where triton is missing, as on a CPU.
+
+    0.19 imports those kernels with its pipeline schedules, for a way to keep activations of experts
+    that only CUDA has. 0.16 does not have the module and never looks for it.
+    """
+    module = types.ModuleType(_TRITON_KERNELS)
+    kernels: Any = module
+    kernels.GLOBAL_BLOCK_SIZE = 1024
+    kernels.paged_stash_copy_kernel = kernels.paged_stash_pop_kernel = _MissingKernel()
+    return module
+
+
+class _MissingKernel:
+    """A triton kernel that cannot be launched."""
+
+    def __getitem__(self, _grid: Any) -> Any:
+        raise EngineError(
+            "model.megatron.moe_paged_stash: its kernels need triton, which is not installed;"
+            " leave it out, or pip install triton on a machine with CUDA"
+        )
 
 
 def _replace_what_warns_at_each_call() -> None:
@@ -119,6 +149,22 @@ def dense_mlp_spec(mlp_class: type, spec: Any) -> Any:
         return functools.partial(mlp_class.as_mlp_submodule, submodules=None)  # type: ignore[attr-defined]
     # 0.16 takes a bare class as it is, but warns of a spec whose module is not its own.
     return mlp_class
+
+
+def cuda_graph_fields(scope: Sequence[str] | None, *, known: Collection[str]) -> dict[str, Any]:
+    """Return the fields of ``TransformerConfig`` that say what CUDA graphs capture.
+
+    Args:
+        scope: The configuration's ``cuda_graph_scope``; None or empty means whole layers.
+        known: Names of the fields that the installed version has.
+    """
+    parts = list(scope or ())
+    if "cuda_graph_modules" not in known:
+        return {"cuda_graph_scope": parts}
+    fields: dict[str, Any] = {"cuda_graph_modules": [p for p in parts if p != "full_iteration"]}
+    if "full_iteration" in parts:
+        fields["cuda_graph_impl"] = "full_iteration"
+    return fields
 
 
 def sharded_state_dict(chunk: Any, metadata: Mapping[str, Any]) -> Any:
