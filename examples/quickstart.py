@@ -20,7 +20,7 @@ METRICS = RUN / "metrics.jsonl"
 PROMPT = "The import statement "
 MAX_LOSS = 1.9
 MAX_JUMP = 0.15
-STEPS = (180, 200, 220)
+STEPS = (90, 140, 160)
 
 
 def mb_train(*arguments: str) -> None:

@@ -78,7 +78,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def _entries(chunks: Sequence[nn.Module]) -> Iterator[Any]:
+def _entries(chunks: Sequence[Any]) -> Iterator[Any]:
     """Yield the sharded tensors and factories of all model chunks; metadata objects are left out."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 

@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 
 
 def wrap_data_parallel(config: ConfigContainer, chunks: list[nn.Module]) -> list[Any]:
-    """Return *chunks* wrapped in megatron-core's ``DistributedDataParallel``.
+    """Return *chunks* wrapped in a :class:`BufferedDataParallel` each.
 
     Every field of ``config.ddp`` whose name megatron-core knows is passed on. Buckets after the
     first chunk are merged, as nothing is left to overlap them with.
     """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.utils import get_model_config
+
+    from mb_engine.parallel.gradient_buffer import BufferedDataParallel
 
     known = DistributedDataParallelConfig.__dataclass_fields__
     values = attrs.asdict(config.ddp, recurse=False)
     ddp_config = DistributedDataParallelConfig(**{k: v for k, v in values.items() if k in known})
     wrapped = [
-        DistributedDataParallel(
+        BufferedDataParallel(
             config=get_model_config(chunk),
             ddp_config=ddp_config,
             module=chunk,
@@ -45,9 +47,13 @@ def connect_schedule(config: ConfigContainer, chunks: list[Any], optimizer: Any)
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.utils import get_model_config
 
+    from mb_engine.parallel.gradient_buffer import finalize_data_parallel
+
     model_config = get_model_config(chunks[0])
     model_config.grad_scale_func = optimizer.scale_loss
-    model_config.finalize_model_grads_func = finalize_model_grads
+    model_config.finalize_model_grads_func = (
+        finalize_data_parallel if _is_data_parallel(model_config) else finalize_model_grads
+    )
     ddp = config.ddp
 
     def per_chunk(name: str) -> Any:
@@ -59,3 +65,15 @@ def connect_schedule(config: ConfigContainer, chunks: list[Any], optimizer: Any)
         model_config.grad_sync_func = per_chunk("start_grad_sync")
     if ddp.overlap_param_gather and ddp.align_param_gather:
         model_config.param_sync_func = per_chunk("start_param_sync")
+
+
+def _is_data_parallel(model_config: Any) -> bool:
+    """Return whether gradients need nothing but a sum over data-parallel ranks."""
+    degrees = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    # Of megatron-core 0.19: weights split over replicas, and layers of varying width.
+    others = ("gtp_weight_remat_size", "expert_gtp_weight_remat_size", "flextron")
+    return (
+        all(getattr(model_config, name) == 1 for name in degrees)
+        and model_config.num_moe_experts is None
+        and not any(getattr(model_config, name, 0) not in {0, 1, None} for name in others)
+    )
