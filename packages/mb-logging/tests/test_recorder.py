@@ -244,9 +244,14 @@ def test_a_step_is_timed_from_the_last_and_its_rate_over_all(clock):
 
 def test_a_loop_that_breaks_says_so_and_its_error_comes_through():
     sink = MemorySink()
-    with pytest.raises(ZeroDivisionError), Recorder(sink) as log:
-        log.step(1, loss=1.0)
-        1 / 0  # noqa: B018
+
+    def train():
+        with Recorder(sink) as log:
+            log.step(1, loss=1.0)
+            return 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        train()
     assert (sink.events[-1].reason, sink.events[-1].exit_code) == ("ZeroDivisionError", 1)
 
 

@@ -65,7 +65,9 @@ def test_the_run_and_its_configuration_are_texts(tmp_path):
     config = found.Tensors("config")[0].tensor_proto.string_val[0].decode()
     assert '"num_layers": 2' in config
     assert all(line.startswith("    ") for line in config.splitlines())
-    assert "| parameters | 1,234,567 |" in found.Tensors("run")[0].tensor_proto.string_val[0].decode()
+    assert (
+        "| parameters | 1,234,567 |" in found.Tensors("run")[0].tensor_proto.string_val[0].decode()
+    )
     assert found.SummaryMetadata("config").plugin_data.plugin_name == "text"
 
 
@@ -112,7 +114,11 @@ def test_neither_torch_nor_tensorflow_is_imported_even_where_installed(tmp_path)
         sink.close()
         assert not {"torch", "tensorflow"} & set(sys.modules)
     """
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, '.')\n{textwrap.dedent(code)}"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, '.')\n{textwrap.dedent(code)}",
+    ]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert points(read(tmp_path / "events"), "train/loss")[-1] == (2, 5.5)

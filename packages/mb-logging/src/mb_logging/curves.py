@@ -39,7 +39,7 @@ class Curves:
 
     train: dict[int, TrainPoint] = field(factory=dict)
     validation: dict[str, dict[int, float]] = field(factory=dict)
-    _last: int = field(default=-1, init=False)
+    _last: int = field(default=-1, init=False, eq=False)
 
     def add(self, event: Event) -> None:
         """Take a record; those without points are passed over."""
