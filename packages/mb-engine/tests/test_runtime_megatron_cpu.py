@@ -6,9 +6,11 @@ Patches are global, so they are tried in processes of their own.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -121,12 +123,12 @@ def dispatch_to_experts(dtype):
     """Send tokens to experts; with two ranks, half of them over the wire."""
     from mb_engine.runtime.megatron_compat import prepare_megatron
     from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     prepare_megatron()
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     config = TransformerConfig(
         num_layers=1,
@@ -201,9 +203,6 @@ def attempt(patches, operation, dtype):
 
 def outcomes(operations, model_parallel):
     """Return by patch and dtype how its operation ends without the patch and with it."""
-    import os
-    import warnings
-
     warnings.simplefilter("ignore")
     from mb_engine.runtime.megatron_cpu import PATCHES
     from megatron.core import parallel_state

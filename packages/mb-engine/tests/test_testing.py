@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from mb_engine.testing import RankError, free_port, run_ranks, tiny_config
@@ -31,6 +33,16 @@ def die():
 def hang(folder):
     (folder / os.environ["RANK"]).write_text(str(os.getpid()))
     time.sleep(60)
+
+
+def nest():
+    run_ranks(die, 1)
+
+
+def tensor_of_rank():
+    import torch
+
+    return {"rank": int(os.environ["RANK"]), "tensor": torch.arange(3, dtype=torch.bfloat16)}
 
 
 def alive(pid):
@@ -87,3 +99,31 @@ def test_a_free_port_can_be_bound():
 def test_the_tiny_configuration_takes_overrides():
     config = tiny_config("model.num_layers=2").finalize(1)
     assert (config.model.num_layers, config.train.num_microbatches) == (2, 4)
+
+
+def test_a_rank_may_not_start_ranks():
+    with pytest.raises(RankError, match="a rank called run_ranks: put the call under"):
+        run_ranks(nest, 1)
+
+
+def test_tensors_come_back():
+    results = run_ranks(tensor_of_rank, 2)
+    assert [r["rank"] for r in results] == [0, 1]
+    assert results[1]["tensor"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_ranks_die_with_their_parent(tmp_path):
+    code = f"import test_testing, pathlib; test_testing.run_ranks(test_testing.hang, 1, pathlib.Path({str(tmp_path)!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    deadline = time.monotonic() + 30
+    while not any(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    (pid,) = (int(path.read_text()) for path in tmp_path.iterdir())
+    state = Path(f"/proc/{pid}/stat")
+    while state.exists() and state.read_text().split()[2] != "Z":  # a zombie awaits init alone
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import inspect
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from mb_config import ConfigContainer
 
 _POLL_S = 0.02
+_IS_RANK = "MB_ENGINE_TEST_RANK"
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl(2)
 
 
 class RankError(AssertionError):
@@ -77,6 +81,11 @@ def run_ranks(
     Raises:
         RankError: If a rank raised, died or did not end in time; no process is left behind.
     """
+    if _IS_RANK in os.environ:
+        raise RankError(
+            "a rank called run_ranks: put the call under `if __name__ == '__main__':`, because the"
+            " file is loaded by every rank"
+        )
     with tempfile.TemporaryDirectory(prefix="mb-ranks-") as name:
         folder = Path(name)
         call = (function.__module__, inspect.getfile(function), function.__qualname__, args)
@@ -90,7 +99,7 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.wait()
-        return [pickle.loads((folder / f"result_{r}").read_bytes()) for r in range(ranks)]  # noqa: S301
+        return [_load(folder / f"result_{rank}") for rank in range(ranks)]
 
 
 def free_port() -> int:
@@ -109,6 +118,7 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> subprocess.Popen[b
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        _IS_RANK: "1",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     code = f"from mb_engine.testing import _run_rank; _run_rank({str(folder)!r}, {rank})"
@@ -134,15 +144,17 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path, deadline: floa
 
 def _run_rank(folder: str, rank: int) -> None:
     """Do what one process of :func:`run_ranks` does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     try:
         call = (Path(folder) / "call").read_bytes()
         module, file, qualname, args = pickle.loads(call)  # noqa: S301
-        result = pickle.dumps(_function(module, file, qualname)(*args))
+        result = _function(module, file, qualname)(*args)
+        _save(result, Path(folder) / f"result_{rank}")
     except BaseException:  # noqa: BLE001 - the parent raises it
         text = f"rank {rank}:\n{traceback.format_exc()}"
         _write(Path(folder) / f"error_{rank}", text.encode())
         raise SystemExit(1) from None
-    _write(Path(folder) / f"result_{rank}", result)
 
 
 def _function(module_name: str, file: str, qualname: str) -> Callable[..., Any]:
@@ -168,6 +180,24 @@ def _function(module_name: str, file: str, qualname: str) -> Callable[..., Any]:
         function = getattr(function, part)
     found: Callable[..., Any] = function
     return found
+
+
+def _save(result: Any, path: Path) -> None:
+    # Megatron-core 0.19 makes pickled tensors ask for itself when they are loaded; torch's own
+    # format does not. A rank without torch has no tensors.
+    torch = sys.modules.get("torch")
+    if torch is None:
+        path.with_suffix(".pickle").write_bytes(pickle.dumps(result))
+    else:
+        torch.save(result, path.with_suffix(".pt"))
+
+
+def _load(path: Path) -> Any:
+    if path.with_suffix(".pickle").exists():
+        return pickle.loads(path.with_suffix(".pickle").read_bytes())  # noqa: S301
+    import torch
+
+    return torch.load(path.with_suffix(".pt"), weights_only=False)
 
 
 def _write(path: Path, content: bytes) -> None:
