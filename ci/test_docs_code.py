@@ -56,7 +56,7 @@ def with_python() -> list[object]:
 
 @pytest.mark.parametrize("path", with_python())
 def test_python_blocks_run_in_order(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    script = tmp_path / f"{path.stem}.py"
+    script = tmp_path / f"page_{path.stem}.py"
     script.write_text(as_script(read_blocks(path)), encoding="utf-8")
     run = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", script.name],
