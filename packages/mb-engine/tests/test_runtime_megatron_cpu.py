@@ -204,7 +204,10 @@ def attempt(patches, operation, dtype):
 def outcomes(operations, model_parallel):
     """Return by patch and dtype how its operation ends without the patch and with it."""
     warnings.simplefilter("ignore")
+    from mb_engine.runtime.megatron_compat import prepare_megatron
     from mb_engine.runtime.megatron_cpu import PATCHES
+
+    prepare_megatron()  # applies none of the patches
     from megatron.core import parallel_state
 
     torch.distributed.init_process_group(

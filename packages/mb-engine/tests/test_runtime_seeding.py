@@ -102,9 +102,10 @@ def test_the_same_seed_starts_the_same_numbers(one_rank):
 
 def draws_of_rank(overrides):
     from mb_engine.runtime.distributed import shutdown
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
     start(*overrides)
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
     default = torch.rand(4).tolist()
     with get_cuda_rng_tracker().fork():
         split = torch.rand(4).tolist()
