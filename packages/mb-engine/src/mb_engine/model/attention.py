@@ -37,6 +37,7 @@ _KERNELS = {
     AttnBackend.unfused: SDPBackend.MATH,
     AttnBackend.local: SDPBackend.MATH,
 }
+_NOTHING = contextlib.nullcontext()
 
 
 class TorchAttention(MegatronModule):  # type: ignore[misc]
@@ -169,12 +170,7 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
             if hidden is not None:
                 mask = mask & ~hidden
         dropout = self.dropout if self.training else 0.0
-        with contextlib.ExitStack() as stack:
-            if dropout > 0.0 and not self.config.sequence_parallel:
-                # Under sequence parallelism the whole block is in this random state already.
-                stack.enter_context(get_cuda_rng_tracker().fork())
-            if self.kernel is not None:
-                stack.enter_context(sdpa_kernel(self.kernel))
+        with self._random_state(dropout), self._chosen_kernel():
             out_BNSD = functional.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -186,6 +182,15 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
                 enable_gqa=query.size(2) != key.size(2),
             )
         return out_BNSD.permute(2, 0, 1, 3).reshape(queries, query.size(1), -1)
+
+    def _random_state(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        # Under sequence parallelism the whole block is in this random state already.
+        if dropout > 0.0 and not self.config.sequence_parallel:
+            return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
+        return _NOTHING
+
+    def _chosen_kernel(self) -> contextlib.AbstractContextManager[Any]:
+        return _NOTHING if self.kernel is None else sdpa_kernel(self.kernel)
 
 
 @functools.lru_cache(maxsize=16)

@@ -56,13 +56,9 @@ class _TokenCrossEntropy(torch.autograd.Function):
         log_probs, labels = ctx.saved_tensors
         width = log_probs.size(-1)
         rows = log_probs.numel() // width
+        flat = log_probs.view(rows, width), labels.reshape(rows, 1), grad_SB.reshape(rows, 1)
         step = rows if log_probs.is_cuda else max(1, _BLOCK_ELEMENTS // width)
-        blocks = zip(
-            torch.split(log_probs.view(rows, width), step),
-            torch.split(labels.reshape(rows, 1), step),
-            torch.split(grad_SB.reshape(rows, 1), step),
-            strict=True,
-        )
+        blocks = zip(*(torch.split(x, step) for x in flat), strict=True) if step < rows else [flat]
         minus_one = log_probs.new_full((1, 1), -1.0)
         for block, label, grad in blocks:
             block.exp_().scatter_add_(-1, label, minus_one.expand_as(label)).mul_(grad)

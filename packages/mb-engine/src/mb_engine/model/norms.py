@@ -10,6 +10,7 @@ Shape suffixes: H = normalized width; a leading ``x`` has any further dimensions
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,7 +112,8 @@ class _RMSNormOnCPU(torch.autograd.Function):
     def forward(ctx: Any, x_H: Tensor, weight_H: Tensor, eps: float) -> Tensor:
         """Return the normalized input and keep it without the weight."""
         length = torch.linalg.vector_norm(x_H, dim=-1, keepdim=True)
-        inverse = length.square_().mul_(1.0 / x_H.size(-1)).add_(eps).rsqrt_()
+        mean_square = torch.addcmul(_scalar(eps), length, length, value=1.0 / x_H.size(-1))
+        inverse = mean_square.rsqrt_()
         normalized_H: Tensor = x_H * inverse
         ctx.save_for_backward(normalized_H, inverse, weight_H)
         return normalized_H * weight_H
@@ -123,9 +125,16 @@ class _RMSNormOnCPU(torch.autograd.Function):
         normalized_H, inverse, weight_H = ctx.saved_tensors
         width = weight_H.size(0)
         by_token = (grad_H * normalized_H).reshape(-1, width)
-        mean = torch.mv(by_token, weight_H).mul_(-1.0 / width).view_as(inverse)
-        grad_x_H = torch.addcmul(grad_H * weight_H, normalized_H, mean).mul_(inverse)
+        total = torch.mv(by_token, weight_H).view_as(inverse)
+        along = torch.addcmul(grad_H * weight_H, normalized_H, total, value=-1.0 / width)
+        grad_x_H = along.mul_(inverse)
         return grad_x_H, by_token.sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+@functools.lru_cache(maxsize=16)
+def _scalar(value: float) -> Tensor:
+    """Return *value* as a float32 tensor; kernels take a tensor faster than a Python number."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _parameter(config: Any, shape: tuple[int, ...], *, value: float) -> nn.Parameter:

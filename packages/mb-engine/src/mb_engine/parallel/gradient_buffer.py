@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,9 +27,13 @@ class BufferedDataParallel(DistributedDataParallel):  # type: ignore[misc]
     def zero_grad_buffer(self) -> None:
         """Set all gradients to zero and let the next backward pass add to them."""
         super().zero_grad_buffer()
-        for parameter in self.params_with_grad:
-            if self._takes_gradient_as_is(parameter):
-                parameter.grad = parameter.main_grad
+        for parameter, place in self._places:
+            parameter.grad = place
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[Any, Tensor]]:
+        """Parameters and their parts of the buffer."""
+        return [(p, p.main_grad) for p in self.params_with_grad if self._takes_gradient_as_is(p)]
 
     def finish_grad_sync(self, force_all_reduce: bool = False) -> None:
         """Have all gradients summed over the data-parallel ranks, if there is another one.

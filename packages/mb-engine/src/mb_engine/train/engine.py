@@ -153,10 +153,11 @@ class Engine:
             The loss over the global batch, the same on every rank; device tensors, so that reading
             them is what waits for the device.
         """
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        for chunk in self.chunks:
+            if not chunk.training:
+                chunk.train()
+            chunk.zero_grad_buffer()
         terms = self.runner.run(batches)
         self._samples = sum(b["tokens"].size(0) for b in batches) * self.layout.dp
         self._tokens = sum(b["tokens"].numel() for b in batches) * self.layout.dp

@@ -50,6 +50,8 @@ def build_optimizer(
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
         from megatron.core import optimizer as megatron
 
+        from mb_engine.train.clipping import use_buffers
+
     settings = optimizer_settings(config)
     rules = megatron.get_standard_config_overrides(settings)
     for pattern, values in (overrides or {}).items():
@@ -62,7 +64,7 @@ def build_optimizer(
     )
     for inner in _torch_optimizers(built):
         _fuse_on_cpu(inner)
-    return built
+    return use_buffers(built, chunks)
 
 
 def optimizer_settings(config: ConfigContainer) -> Any:

@@ -120,14 +120,14 @@ class MicroBatchRunner:
         """Add up micro-batches and data-parallel ranks; hand the sums to all pipeline stages."""
         last_stage = self.layout.pp_rank == self.layout.pp - 1
         names = self._names(store if last_stage else None)
-        device = torch.device(self.layout.device)
         # Float64 counts tokens exactly and keeps the sum independent of how it was split.
-        packed = torch.zeros(2 * len(names), dtype=torch.float64, device=device)
         if last_stage:
             rows = [torch.stack([x for n in names for x in sums[n]]).double() for sums in store]
             packed = torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
             if self.layout.dp * self.layout.cp > 1:
                 torch.distributed.all_reduce(packed, group=self.layout.groups["dp_cp"])
+        else:
+            packed = torch.empty(2 * len(names), dtype=torch.float64, device=self.layout.device)
         if self.layout.pp > 1:
             group = self.layout.groups["pp"]
             source = torch.distributed.get_global_rank(group, self.layout.pp - 1)
