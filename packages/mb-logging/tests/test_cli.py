@@ -11,7 +11,7 @@ import time
 import attrs
 import pytest
 from mb_config.records import EvalEvent, RunEnd, RunInfo, SaveEvent
-from mb_logging import JSONL, summarize
+from mb_logging import JSONL, Recorder, summarize
 from mb_logging.cli import main
 from mb_logging.testing import sample_events
 
@@ -74,6 +74,26 @@ def test_summary_as_json_has_the_same_facts(metrics, capsys):
         {"validation": [3.5, 60]},
         ["TP2", "DP2"],
     )
+
+
+def test_summary_as_json_is_json_after_a_loss_that_is_none(tmp_path, step_event, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with Recorder(JSONL(path)) as recorder:
+        recorder.on_event(step_event(1, loss=float("nan")))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert main(["summary", "--json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=refuse)["last_loss"] == "nan"
+
+
+def test_a_line_of_wrong_types_is_passed_over_by_every_command(metrics, tmp_path, capsys):
+    with metrics.open("a") as file:
+        file.write('{"kind": ["step"]}\n{"kind": "end", "step": "x", "reason": "r"}\n')
+    for command in (["summary"], ["tail"], ["plot"]):
+        assert main([*command, str(metrics)]) == 0
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_has_no_end():

@@ -112,6 +112,26 @@ def test_what_is_not_plain_is_written_as_a_number_or_a_word():
     assert config == {"1": [0.25, "nan", "<class 'complex'>"]}
 
 
+def test_whole_numbers_of_other_libraries_stay_exact():
+    class Int64:
+        def __index__(self):
+            return 2**53 + 1
+
+        def __float__(self):
+            return float(2**53)
+
+    class NotWhole:
+        def __index__(self):
+            raise TypeError("only integer scalars can be an index")
+
+        def __float__(self):
+            return 0.5
+
+    config = {"tokens": Int64(), "ratio": NotWhole()}
+    data = json.loads(encode(RunInfo(run_name="x", config=config), time=0.0))
+    assert data["config"] == {"tokens": 2**53 + 1, "ratio": 0.5}
+
+
 def test_fields_of_a_later_version_are_passed_over():
     line = json.dumps({"kind": "end", "time": 1.0, "step": 3, "reason": "r", "new": [1]})
     assert decode(line) == RunEnd(step=3, reason="r")
@@ -128,6 +148,16 @@ def test_fields_of_a_later_version_are_passed_over():
         '{"kind": "end"}',
         '{"kind": "eval", "step": 1, "name": "v", "loss": "low", "perplexity": 1.0}',
         '{"kind": "end", "step": 1, "reason": "r", "time": null}',
+        '{"kind": ["end"], "step": 1, "reason": "r"}',
+        '{"kind": "end", "step": "one", "reason": "r"}',
+        '{"kind": "end", "step": 1.5, "reason": "r"}',
+        '{"kind": "end", "step": null, "reason": "r"}',
+        '{"kind": "end", "step": 1, "reason": 7}',
+        '{"kind": "end", "step": 1, "reason": "r", "seconds": [1]}',
+        '{"kind": "end", "step": 1, "reason": "r", "seconds": 1' + 400 * "0" + "}",
+        '{"kind": "eval", "step": 1, "name": "v", "loss": null, "perplexity": 1.0}',
+        '{"kind": "eval", "step": 1, "name": "v", "loss": 1, "perplexity": 1, "metrics": [1]}',
+        '{"kind": "eval", "step": 1, "name": "v", "loss": 1, "perplexity": 1, "metrics": {"a": null}}',
     ],
 )
 def test_what_is_no_record_is_a_value_error(line):

@@ -172,6 +172,41 @@ def test_a_sink_that_cannot_be_closed_harms_nobody(caplog):
     assert "Sink could not be closed" in caplog.text
 
 
+def test_a_sink_that_wants_to_end_the_process_harms_nobody(step_event, caplog):
+    class Exits(MemorySink):
+        def write(self, event):
+            sys.exit(3)
+
+        def close(self):
+            sys.exit(4)
+
+    sound = MemorySink()
+    with Recorder(Exits(), sound) as recorder:
+        for step in range(1, 6):
+            recorder.on_event(step_event(step))
+        assert recorder.flush(10)
+    assert [e.step for e in sound.events] == [1, 2, 3, 4, 5]
+    assert sound.closed
+    assert "left out from now on: SystemExit: 3" in caplog.text
+    assert "Exits could not be closed" in caplog.text
+
+
+def test_a_sink_may_close_its_recorder(step_event, caplog):
+    class Closes(MemorySink):
+        def write(self, event):
+            super().write(event)
+            recorder.close()
+
+    sink = Closes()
+    recorder = Recorder(sink)
+    worker = alive()[-1]
+    recorder.on_event(step_event(1))
+    worker.join(10)
+    assert sink.closed
+    assert len(sink.events) == 1
+    assert not caplog.text
+
+
 def test_close_gives_up_on_a_stuck_sink_in_time(step_event, caplog):
     gate = Gate()
     recorder = Recorder(gate, flush_timeout_s=0.2)

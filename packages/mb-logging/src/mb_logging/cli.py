@@ -17,7 +17,7 @@ from mb_config.records import EvalEvent, RunEnd, RunInfo, SaveEvent, StepEvent
 
 from mb_logging import wording
 from mb_logging.__about__ import __version__
-from mb_logging.encoding import Stamped, decode_stamped, read_events
+from mb_logging.encoding import Stamped, decode_stamped, plain, read_events
 from mb_logging.errors import LoggingError
 from mb_logging.plots import plot_metrics
 from mb_logging.progress import Progress
@@ -77,7 +77,7 @@ def _summary(options: argparse.Namespace) -> None:
     if not (summary.parts or summary.step or summary.first_loss is not None):
         raise LoggingError(f"{options.metrics}: no records; give a file that the jsonl sink wrote")
     if options.json:
-        _print(json.dumps(asdict(summary), indent=1))
+        _print(json.dumps(plain(asdict(summary)), indent=1, allow_nan=False))
         return
     for line in as_lines(summary):
         _print(line)

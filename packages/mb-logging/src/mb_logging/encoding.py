@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import operator
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 import attrs
 from attrs import frozen
@@ -61,7 +63,7 @@ def encode(event: Event, *, time: float) -> str:
     """
     fields = {a.name: getattr(event, a.name) for a in attrs.fields(type(event))}
     record = {"kind": _NAMES[type(event)], "time": round(time, 3), **fields}
-    return json.dumps(_plain(record), allow_nan=False)
+    return json.dumps(plain(record), allow_nan=False)
 
 
 def decode(line: str) -> Event:
@@ -113,34 +115,49 @@ def decode_stamped(line: str) -> Stamped:
         ValueError: If the line is not a record.
     """
     data = json.loads(line)
-    if not isinstance(data, dict) or data.get("kind") not in KINDS:
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError("not a record: no known 'kind'")
-    cls = KINDS[data["kind"]]
+    cls = KINDS[kind]
     known = attrs.fields_dict(cls)
     try:
-        fields = {k: _number(v, known[k]) for k, v in data.items() if k in known}
+        fields = {k: _field(v, known[k]) for k, v in data.items() if k in known}
         return Stamped(float(data.get("time", 0.0)), cls(**fields))
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"not a record: {error}") from error
 
 
-def _plain(value: Any) -> Any:
-    """Return *value* as what JSON can hold."""
+def plain(value: Any) -> Any:
+    """Return *value* as what JSON can hold; nan and infinities as strings."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, SupportsFloat):  # also numpy's scalars and 0-d tensors
+        return [plain(v) for v in value]
+    if isinstance(value, SupportsIndex):  # numpy's and torch's integers, exactly
+        with suppress(TypeError, ValueError):  # their other numbers have the method, and refuse
+            return operator.index(value)
+    if isinstance(value, SupportsFloat):
         number = float(value)
         return number if math.isfinite(number) else str(number)
     return str(value)
 
 
-def _number(value: Any, attribute: Any) -> Any:
+def _field(value: Any, attribute: Any) -> Any:
+    """Return *value* as the record has it.
+
+    Raises:
+        TypeError: If the record can have no such value.
+    """
+    wanted = str(attribute.type)
+    if value is None and "None" in wanted:
+        return None
     if attribute.name == "metrics" and isinstance(value, dict):
         return {k: float(v) for k, v in value.items()}
-    if isinstance(value, str) and "float" in str(attribute.type):
+    if wanted.startswith("float"):
         return float(value)
+    plain_type = int if wanted.startswith("int") else dict if "Mapping" in wanted else str
+    if not isinstance(value, plain_type):
+        raise TypeError(f"{attribute.name}={value!r} must be {plain_type.__name__}")
     return value

@@ -49,7 +49,7 @@ class GuardedSink:
             return
         try:
             self.sink.write(event)
-        except Exception as error:  # noqa: BLE001 - a stranger's sink may raise anything
+        except BaseException as error:  # noqa: BLE001 - not even sys.exit may end the others' thread
             self._count(event, error)
         else:
             self._in_a_row = 0
@@ -58,12 +58,12 @@ class GuardedSink:
         """Close the sink, left out or not; never raises."""
         try:
             self.sink.close()
-        except Exception:
+        except BaseException:  # as in write
             logger.exception("%s could not be closed; its last records may be missing", self.name)
         if self.lost:
             logger.warning("%s did not take %d records of this run", self.name, self.lost)
 
-    def _count(self, event: Event, error: Exception) -> None:
+    def _count(self, event: Event, error: BaseException) -> None:
         if not self.lost:
             logger.error(
                 "%s failed on a %s and is left out if it fails %d times in a row; training goes on",

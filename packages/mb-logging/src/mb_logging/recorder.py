@@ -170,6 +170,8 @@ class Recorder:
             self._closing = True
             self._changed.notify_all()
         atexit.unregister(self.close)
+        if threading.current_thread() is self._thread:  # a sink did it; what waits is still written
+            return
         self._thread.join(self._flush_timeout_s)
         if self._thread.is_alive():
             with self._changed:
