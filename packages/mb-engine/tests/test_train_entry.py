@@ -227,8 +227,12 @@ def custom_parts():
     }
 
 
-def test_a_loss_a_forward_step_and_data_can_be_passed_in():
-    seen = run_ranks(custom_parts, 1)[0]
+@pytest.fixture(scope="module")
+def seen():
+    return run_ranks(custom_parts, 1)[0]
+
+
+def test_a_loss_a_forward_step_and_data_can_be_passed_in(seen):
     built_in, textbook, one_micro_batch = seen["losses"]
     assert built_in == pytest.approx(textbook, abs=1e-6)
     assert built_in == pytest.approx(one_micro_batch, abs=1e-6)
@@ -239,8 +243,7 @@ def test_a_loss_a_forward_step_and_data_can_be_passed_in():
     assert seen["built_in"] == pytest.approx(seen["custom"], abs=1e-6)
 
 
-def test_every_validation_set_is_evaluated_and_no_sample_twice():
-    seen = run_ranks(custom_parts, 1)[0]
+def test_every_validation_set_is_evaluated_and_no_sample_twice(seen):
     during = [row for row in seen["evaluations"] if row[0] == 2]
     assert [name for _, name, *_ in during] == ["a", "b"]
     assert [tokens for *_, tokens in during] == [11 * 16, 16 * 16]
