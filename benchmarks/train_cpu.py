@@ -4,6 +4,7 @@
     python benchmarks/train_cpu.py              both sizes, writes results/train_cpu.{md,json}
     python benchmarks/train_cpu.py --quick      a few rounds, writes nothing unless --out is given
     python benchmarks/train_cpu.py --profile    where a step's time goes: results/train_cpu_profile.md
+    python benchmarks/train_cpu.py --won-back   what each short way of the torch layer spec is worth
 
 All three train the same Llama from the same weights on the same batches, in one process, a turn
 each, round by round, so that whatever else the machine does hits all of them. A step is forward,
@@ -32,6 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = {"h256": HIDDEN_256, "h64": HIDDEN_64}
 ROUNDS = {"h256": (24, 1), "h64": (60, 10)}
 """Rounds, and steps of one turn: a turn of the small model must be long enough to be timed."""
+WON_BACK_ROUNDS = {"h256": (9, 1), "h64": (60, 4)}
 QUICK_ROUNDS = {"h256": (2, 1), "h64": (4, 5)}
 PROFILE_STEPS = {"h256": 3, "h64": 40}
 
@@ -84,6 +86,28 @@ def profiled(name: str, _quick: bool) -> dict[str, Any]:
         }
     _close(all_three)
     return {"shape": shape.name, "contenders": found}
+
+
+def won_back(name: str, quick: bool) -> dict[str, Any]:
+    """Return the engine with and without each of its short ways, against the yardstick."""
+    shape = SHAPES[name]
+    rounds, steps = (QUICK_ROUNDS if quick else WON_BACK_ROUNDS)[name]
+    plain, engine, _ = contenders(shape)
+    engine.close()
+    from contenders.won_back import all_variants
+
+    several, data = [plain, *all_variants(shape, initial_weights(shape))], batches(shape, 4)
+    same = measurement.check_same_work(several, data[:3])
+    timings = measurement.interleave(several, data, rounds=rounds, steps=steps)
+    rows = [t.row(shape, timings[measurement.YARDSTICK]) for t in timings]
+    _close(several)
+    return {
+        "shape": attrs.asdict(shape),
+        "rounds": rounds,
+        "steps_per_round": steps,
+        "same_work": same,
+        "rows": rows,
+    }
 
 
 def _close(all_three: list[Any]) -> None:
@@ -170,14 +194,17 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only this size")
     parser.add_argument("--quick", action="store_true", help="a few rounds, for CI")
     parser.add_argument("--profile", action="store_true", help="where the time goes instead")
+    parser.add_argument("--won-back", action="store_true", help="with and without each short way")
     parser.add_argument("--out", type=Path, help="folder to write to")
     arguments = parser.parse_args()
     names = arguments.shape or list(SHAPES)
     about = measurement.machine()
-    task = profiled if arguments.profile else measure
+    task = profiled if arguments.profile else won_back if arguments.won_back else measure
     results = {name: in_process(task, name, arguments.quick) for name in names}
     if arguments.profile:
         stem, title, render = "train_cpu_profile", "Where the time of a step goes", profile_tables
+    elif arguments.won_back:
+        stem, title, render = "train_cpu_won_back", "What each short way is worth", table
     else:
         stem, title, render = "train_cpu", "Training on a CPU: one rank, float32", table
     text = "\n".join([header(title, about), *map(render, results.values())])
