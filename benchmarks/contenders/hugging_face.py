@@ -36,6 +36,9 @@ class HuggingFace:
         named = {n if n.startswith("lm_head") else f"model.{n}": w for n, w in weights.items()}
         self.model.load_state_dict(named)
         self.model.train()
+        # With it the model sees at once that attention is causal and nothing else; without it, it
+        # works that out of a mask that it builds in every step.
+        self.mask = torch.ones(shape.micro_batch, shape.seq, dtype=torch.int64)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             sizes.decay_groups(dict(self.model.named_parameters())),
@@ -47,7 +50,9 @@ class HuggingFace:
 
     def step(self, batch: Batch) -> float:
         # Labels are already shifted, which the model's own loss would do once more.
-        logits = self.model(batch["tokens"]).logits
+        logits = self.model(
+            batch["tokens"], attention_mask=self.mask, position_ids=batch["position_ids"]
+        ).logits
         loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, sizes.CLIP_NORM)

@@ -145,3 +145,36 @@ def test_a_gradient_set_to_none_is_added_to_the_buffer_all_the_same():
     assert abs(twice - 2 * once).max() < 1e-5
     assert (dropped_once == once).all()
     assert abs(dropped_twice - 2 * once).max() < 1e-5
+
+
+WRITE_THEMSELVES = {
+    "gradient_accumulation_fusion": True,
+    "transformer_impl": "transformer_engine",
+    "cuda_graph_impl": "local",
+}
+
+
+def gradients_before_backward():
+    """Return whether gradients are in place before a backward pass, as is and with each of them."""
+    from mb_engine.model.gpt import build_model
+    from mb_engine.parallel.wrap import wrap_data_parallel
+    from mb_engine.runtime.distributed import initialize, shutdown
+    from mb_engine.runtime.seeding import seed_everything
+
+    config = tiny_config("model.num_layers=1").finalize(1)
+    layout = initialize(config)
+    seed_everything(config.rng, layout)
+    found = {}
+    for name, value in {"nothing": None, **WRITE_THEMSELVES}.items():
+        (model,) = build_model(config, layout)
+        setattr(model.config, name, value)
+        (chunk,) = wrap_data_parallel(config, [model])
+        chunk.zero_grad_buffer()
+        found[name] = {p.grad is not None for p in chunk.params_with_grad}
+    shutdown()
+    return found
+
+
+def test_who_writes_gradients_into_the_buffer_himself_is_left_alone():
+    (found,) = run_ranks(gradients_before_backward, 1)
+    assert found == {"nothing": {True}, **{key: {False} for key in WRITE_THEMSELVES}}

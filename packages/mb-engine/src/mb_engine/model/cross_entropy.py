@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cross-entropy of every token in the memory of its logits.
+"""Cross-entropy of every token in the memory of its logits, on a CPU.
 
 The logits are the largest tensor of a training step (tokens x vocabulary). Torch's cross-entropy
 makes three more of that size; megatron-core's makes none but passes over them eight times.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 18
-"""Elements of a block of rows on the CPU: 1 MiB of float32, which stays in a core's cache."""
+"""Elements of a block of rows: 1 MiB of float32, which stays in a core's cache."""
 
 
 def token_cross_entropy(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
@@ -29,7 +29,8 @@ def token_cross_entropy(logits_SBV: Tensor, labels_SB: Tensor) -> Tensor:
     backward pass their gradient.
 
     Args:
-        logits_SBV: Any float dtype, contiguous; the whole vocabulary.
+        logits_SBV: Any float dtype, on the CPU, whose log-softmax works row by row and therefore in
+            place; the whole vocabulary.
         labels_SB: int64, below V; the loss of a negative label means nothing and is to be masked.
     """
     labels_SB1 = labels_SB.clamp(min=0).unsqueeze(-1)
@@ -57,7 +58,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         width = log_probs.size(-1)
         rows = log_probs.numel() // width
         flat = log_probs.view(rows, width), labels.reshape(rows, 1), grad_SB.reshape(rows, 1)
-        step = rows if log_probs.is_cuda else max(1, _BLOCK_ELEMENTS // width)
+        step = max(1, _BLOCK_ELEMENTS // width)
         blocks = zip(*(torch.split(x, step) for x in flat), strict=True) if step < rows else [flat]
         minus_one = log_probs.new_full((1, 1), -1.0)
         for block, label, grad in blocks:

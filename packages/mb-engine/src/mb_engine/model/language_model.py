@@ -18,7 +18,7 @@ class TorchGPTModel(GPTModel):  # type: ignore[misc]
     """``GPTModel`` that computes the loss of a whole vocabulary in one place.
 
     Megatron-core's loss is for a vocabulary split over tensor-parallel ranks; it is used where the
-    vocabulary is split.
+    vocabulary is split, and on CUDA.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,7 +37,8 @@ class TorchGPTModel(GPTModel):  # type: ignore[misc]
             labels: ``[B, S]``.
             logits: ``[S, B, V/tp]``; their memory is used up.
         """
-        if self.output_layer.tp_group.size() > 1 or self.config.cross_entropy_loss_fusion:
+        in_parts = self.output_layer.tp_group.size() > 1
+        if in_parts or logits.is_cuda or self.config.cross_entropy_loss_fusion:
             return super().compute_language_model_loss(labels, logits)  # type: ignore[no-any-return]
         return token_cross_entropy(logits, labels.t()).t().contiguous()
 

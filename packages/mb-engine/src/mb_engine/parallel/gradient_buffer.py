@@ -66,8 +66,14 @@ class BufferedDataParallel(DistributedDataParallel):  # type: ignore[misc]
         return add_unless_there
 
     def _takes_gradient_as_is(self, parameter: Any) -> bool:
+        config = self.config
         return (
-            not self.ddp_config.overlap_grad_reduce
+            # Transformer Engine, fused accumulation and CUDA graphs write gradients themselves.
+            getattr(config, "transformer_impl", "local") == "local"
+            and not getattr(config, "gradient_accumulation_fusion", False)
+            and getattr(config, "cuda_graph_impl", "none") == "none"
+            and not self.ddp_config.overlap_grad_reduce
+            and not self.ddp_config.delay_wgrad_compute
             and parameter.main_grad.dtype == parameter.dtype
             and parameter.main_grad.shape == parameter.shape
         )

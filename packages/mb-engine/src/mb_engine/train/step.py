@@ -84,7 +84,10 @@ class MicroBatchRunner:
         device = torch.device(self.layout.device)
         return [
             context_parallel_slice(
-                {k: v.to(device, non_blocking=True) for k, v in batch.items()},
+                {
+                    k: v if v.device == device else v.to(device, non_blocking=True)
+                    for k, v in batch.items()
+                },
                 cp=self.layout.cp,
                 cp_rank=self.layout.cp_rank,
             )
@@ -112,7 +115,7 @@ class MicroBatchRunner:
 
     def _loss(self, batch: Mapping[str, Tensor], output: Tensor) -> Any:
         terms = self.objective(output, batch)
-        num_tokens = terms.num_tokens.to(torch.int32)
+        num_tokens = terms.num_tokens.int()
         sums = {_LOSS: (terms.loss_sum.detach(), num_tokens), **terms.metrics}
         return terms.loss_sum, num_tokens, sums
 
