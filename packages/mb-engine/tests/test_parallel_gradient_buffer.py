@@ -14,11 +14,10 @@ STEPS = 3
 
 def both_ways(cases):
     """Return what this rank found in each case: the short way, then megatron-core's own."""
+    # The first engine prepares megatron-core, on which these imports rest.
+    short = [train(overrides) for overrides in cases]
     from mb_engine.parallel import gradient_buffer, wrap
     from mb_engine.train import clipping
-
-    # The first engine installs what the imports here rest on.
-    short = [train(overrides) for overrides in cases]
     from megatron.core.distributed import DistributedDataParallel
 
     gradient_buffer.BufferedDataParallel = DistributedDataParallel
