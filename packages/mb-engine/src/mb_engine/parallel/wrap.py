@@ -70,10 +70,11 @@ def connect_schedule(config: ConfigContainer, chunks: list[Any], optimizer: Any)
 def _is_data_parallel(model_config: Any) -> bool:
     """Return whether gradients need nothing but a sum over data-parallel ranks."""
     degrees = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-    # Of megatron-core 0.19: weights split over replicas, and layers of varying width.
-    others = ("gtp_weight_remat_size", "expert_gtp_weight_remat_size", "flextron")
+    # Of megatron-core 0.19: weights split over replicas.
+    degrees_of_replicas = ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
     return (
         all(getattr(model_config, name) == 1 for name in degrees)
+        and all(getattr(model_config, name, 1) in {0, 1} for name in degrees_of_replicas)
         and model_config.num_moe_experts is None
-        and not any(getattr(model_config, name, 0) not in {0, 1, None} for name in others)
+        and not getattr(model_config, "flextron", False)
     )
