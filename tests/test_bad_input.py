@@ -141,7 +141,7 @@ class FillTheDisk:
 
 config = ConfigContainer.from_yaml("job.yaml").override(
     "train.train_iters=6", "checkpoint.save=ckpt", "checkpoint.save_interval=2",
-    "checkpoint.async_save=false")
+    "checkpoint.async_save=false", "logger.sinks=[]")
 result = pretrain(config, callbacks=[FillTheDisk()])
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 print("ended", result.state.step, result.failed_saves, result.reason)
