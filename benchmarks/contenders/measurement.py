@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
+import random
 import statistics
 import time
 from importlib.metadata import version
@@ -76,15 +77,19 @@ def check_same_work(
 def interleave(
     contenders: list[Contender], batches: list[Batch], *, rounds: int, steps: int
 ) -> list[Timing]:
-    """Time *steps* steps of each contender in turn, *rounds* times, each round begun by another."""
+    """Time *steps* steps of each contender in turn, *rounds* times, each time in another order.
+
+    With a fixed order one would always find the caches full of somebody else's code.
+    """
+    order, shuffled = list(contenders), random.Random(0)
     wall: dict[str, list[float]] = {c.name: [] for c in contenders}
     cpu: dict[str, list[float]] = {c.name: [] for c in contenders}
     # What importing three frameworks left behind would be walked in everybody's collections.
     gc.collect()
     gc.freeze()
-    for r in range(rounds):
-        first = r % len(contenders)
-        for contender in contenders[first:] + contenders[:first]:
+    for _ in range(rounds):
+        shuffled.shuffle(order)
+        for contender in order:
             began, began_cpu = time.perf_counter(), time.process_time()
             for i in range(steps):
                 contender.step(batches[i % len(batches)])

@@ -34,6 +34,12 @@ def test_reading_resolving_and_writing_load_no_heavy_module():
 
 
 def test_import_takes_less_than_100_ms_of_processor_time():
-    code = "import time; t = time.process_time(); import mb_config; print(time.process_time() - t)"
+    """Where attrs alone is slow to import, as on a busy machine, that much slower is allowed."""
+    own, attrs_alone = processor_time("mb_config"), processor_time("attrs")
+    assert own < max(0.1, 2.5 * attrs_alone)
+
+
+def processor_time(module: str) -> float:
+    code = f"import time; t = time.process_time(); import {module}; print(time.process_time() - t)"
     # the best of some runs: the first compiles bytecode, and others may share the machine
-    assert min(float(python(code)) for _ in range(10)) < 0.1
+    return min(float(python(code)) for _ in range(10))

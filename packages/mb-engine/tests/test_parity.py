@@ -54,6 +54,7 @@ def fixed_batches(config, layout, steps):
 def train(overrides, steps=STEPS):
     """Train on this rank; return losses, gradient norms and the replicated parameters' sums."""
     config = tiny_config(
+        "model.num_layers=2",
         f"train.global_batch_size={GLOBAL_BATCH}",
         f"train.train_iters={steps}",
         "optimizer.lr=3e-3",

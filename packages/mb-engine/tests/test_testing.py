@@ -112,7 +112,7 @@ def test_tensors_come_back():
     assert results[1]["tensor"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ranks_die_with_their_parent(tmp_path):
     code = f"import test_testing, pathlib; test_testing.run_ranks(test_testing.hang, 1, pathlib.Path({str(tmp_path)!r}))"
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
