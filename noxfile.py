@@ -253,8 +253,7 @@ def docs_code(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def compat(session: nox.Session) -> None:
     """Run the engine's tests against the sources of the newest supported megatron-core."""
-    # It imports triton without declaring it; builds of torch with CUDA bring it, others do not.
-    install(session, "mb-engine", group="test", tools="" if has_gpu() else "triton")
+    install(session, "mb-engine", group="test")
     tmp = pathlib.Path(session.create_tmp())
     # That wheel declares Python 3.12, but megatron.core itself runs on 3.11 as well.
     session.run(
