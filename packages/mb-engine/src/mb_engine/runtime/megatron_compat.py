@@ -5,6 +5,7 @@
 what                                    0.16.1                       0.19.2
 ======================================  ===========================  ==============================
 ``moe_utils.te_general_gemm``           undefined without TE         None without TE
+recomputed norms without TE             NameError                    NameError
 spec of the expert layer                ``ModuleSpec``               ``functools.partial``
 spec of the dense MLP                   ``ModuleSpec``               ``functools.partial``
 q and k norm of a plain attention       ``IdentityOp``               ``None``
@@ -59,10 +60,32 @@ def prepare_megatron() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16 tests this name in the router but forgets to define it where TE is missing.
         moe_utils.te_general_gemm = None
+    _recompute_without_te()
     _replace_what_warns_at_each_call()
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
+
+
+def _recompute_without_te() -> None:
+    """Let recomputed modules do without the FP8 state where Transformer Engine is missing.
+
+    Both versions look it up for ``recompute_modules`` such as ``layernorm`` unless told ``fp8=None``,
+    which most callers forget, and end in a NameError.
+    """
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    checkpoint = random.CheckpointWithoutOutput
+    if random.HAVE_TE or getattr(checkpoint.__init__, "without_te", False):
+        return
+    init = checkpoint.__init__
+
+    @functools.wraps(init)
+    def without_fp8(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.fp8 = False
+
+    without_fp8.without_te = True  # type: ignore[attr-defined]
+    checkpoint.__init__ = without_fp8
 
 
 def _without_triton() -> types.ModuleType:
