@@ -13,6 +13,7 @@ TP2 = "model.tensor_model_parallel_size=2"
 PP2 = "model.pipeline_model_parallel_size=2"
 VPP2 = "model.virtual_pipeline_model_parallel_size=2"
 CP2 = "model.context_parallel_size=2"
+WINDOW = "model.window_size=[8, 0]"
 SP = "model.sequence_parallel=true"
 
 # overrides of a valid configuration on 4 ranks; the field named; what the message says
@@ -91,6 +92,25 @@ BROKEN = [
      "model.hierarchical_context_parallel_sizes", "product is context_parallel_size=4.*\\[2, 2\\]"),
     ([CP2, "model.hierarchical_context_parallel_sizes=[2]"],
      "model.hierarchical_context_parallel_sizes", "only cp_comm_type a2a\\+p2p"),
+    # attention
+    (["model.window_attn_skip_freq=2"], "model.window_attn_skip_freq", "set model.window_size"),
+    ([WINDOW, "model.window_attn_skip_freq=[0, 1]"], "model.window_attn_skip_freq",
+     "a 0 or 1 for each of the 4 layers"),
+    ([WINDOW, "model.window_attn_skip_freq=[0, 1, 2, 0]"], "model.window_attn_skip_freq",
+     "a 0 or 1"),
+    ([WINDOW, "model.window_attn_skip_freq=0"], "model.window_attn_skip_freq", "at least 1"),
+    (["model.attn_logit_softcapping=50.0", "model.layer_spec=te"],
+     "model.attn_logit_softcapping", "do not cap logits; set model.layer_spec=torch"),
+    (["model.final_logit_softcapping=30.0", "model.layer_spec=te"],
+     "model.final_logit_softcapping", "do not cap logits"),
+    (["model.attn_logit_softcapping=50.0", "model.attention_dropout=0.1"],
+     "model.attn_logit_softcapping", "attention_dropout=0.1"),
+    ([CP2, WINDOW, "model.cp_comm_type=p2p"], "model.cp_comm_type",
+     "no kernel for window_size=.*use all_gather"),
+    ([CP2, "model.cp_comm_type=p2p", "model.attention_dropout=0.1", "model.layer_spec=torch"],
+     "model.cp_comm_type", "does not drop.*use all_gather"),
+    ([CP2, "model.cp_comm_type=a2a+p2p", "model.hierarchical_context_parallel_sizes=[2]",
+      "model.layer_spec=torch"], "model.cp_comm_type", "by p2p, all_gather or a2a"),
     # experts
     (["model.expert_model_parallel_size=2"], "model.expert_model_parallel_size", "needs experts"),
     (["model.expert_tensor_parallel_size=1"], "model.expert_tensor_parallel_size", "needs experts"),
@@ -343,6 +363,8 @@ VALID = [
     [PP2, VPP2],
     [PP2, VPP2, "comm_overlap.overlap_p2p_comm=true", "comm_overlap.batch_p2p_comm=false"],
     [CP2, "model.cp_comm_type=all_gather"],
+    [CP2, WINDOW, "model.window_attn_skip_freq=[0, 1, 0, 1]"],
+    ["model.attn_logit_softcapping=50.0", "model.final_logit_softcapping=30.0"],
     [CP2, "model.cp_comm_type=[p2p, p2p, a2a, a2a]"],
     [TP2, "model.num_query_groups=1"],
     [MOE, "model.expert_model_parallel_size=2", "model.moe_token_dispatcher_type=alltoall"],

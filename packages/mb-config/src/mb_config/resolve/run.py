@@ -11,9 +11,11 @@ from mb_config.errors import ConfigError, Violation
 from mb_config.provenance import leaves
 from mb_config.resolve import (
     architecture,
+    attention,
     batches,
     data,
     experts,
+    fsdp,
     memory,
     optimizer,
     outputs,
@@ -46,8 +48,10 @@ def finalize(config: ConfigContainer, world_size: int) -> ConfigContainer:
     precision.resolve(draft)
     architecture.resolve(draft)
     parallel.resolve(draft)
+    attention.resolve(draft)
     experts.resolve(draft)
     ramp = batches.resolve(draft)
+    fsdp.resolve(draft)
     optimizer.resolve(draft)
     schedules.resolve(draft, ramp)
     data.resolve(draft)

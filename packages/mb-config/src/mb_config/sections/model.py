@@ -53,6 +53,10 @@ class ModelConfig:
         apply_residual_connection_post_layernorm: Take the residual after the norm.
         fp32_residual_connection: Keep the residual stream in float32.
         window_size: Sliding attention window (tokens left, tokens right); null attends to all.
+        window_attn_skip_freq: Every n-th layer attends to all in spite of window_size, or a list of
+            0 and 1 a layer, 1 for a layer with the window; null gives the window to every layer.
+        attn_logit_softcapping: Bend attention scores to cap x tanh(score / cap); null leaves them.
+        final_logit_softcapping: The same for the logits of the vocabulary.
         attention_softmax_in_fp32: Compute unfused attention softmax in float32.
         attention_backend: Which attention kernel; auto lets the layer decide.
         layer_spec: torch needs no Transformer Engine; auto takes te where it is installed on CUDA.
@@ -66,7 +70,8 @@ class ModelConfig:
         num_layers_in_first_pipeline_stage: Layers of the first stage if it is to differ.
         num_layers_in_last_pipeline_stage: Layers of the last stage if it is to differ.
         context_parallel_size: Ranks that share each sequence (CP).
-        cp_comm_type: How context parallel ranks exchange keys and values; a list names one a layer.
+        cp_comm_type: How context parallel ranks exchange keys and values; a list names one a layer;
+            null means p2p, and all_gather where that cannot be.
         hierarchical_context_parallel_sizes: Sizes of the levels for a2a+p2p; their product is CP.
         expert_model_parallel_size: Ranks that share the experts (EP).
         expert_tensor_parallel_size: TP within an expert; null means as outside.
@@ -132,6 +137,9 @@ class ModelConfig:
     apply_residual_connection_post_layernorm: bool = False
     fp32_residual_connection: bool = False
     window_size: tuple[int, int] | None = None
+    window_attn_skip_freq: int | list[int] | None = field(default=None, metadata=within(ge=0))
+    attn_logit_softcapping: float | None = number(None, gt=0)
+    final_logit_softcapping: float | None = number(None, gt=0)
     attention_softmax_in_fp32: bool = True
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
     layer_spec: Literal["auto", "torch", "te"] = "auto"

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windows, capped scores, and how context-parallel ranks exchange keys and values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mb_config.resolve.draft import Draft
+
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+def resolve(draft: Draft) -> None:
+    """Choose the exchange of context parallelism and refuse what no kernel computes."""
+    _window(draft)
+    _caps(draft)
+    if draft.config.model.context_parallel_size > 1:
+        _exchange(draft)
+
+
+def _window(draft: Draft) -> None:
+    model = draft.config.model
+    frequency = model.window_attn_skip_freq
+    if frequency is None:
+        return
+    draft.require(
+        model.window_size is not None,
+        "model.window_attn_skip_freq",
+        "says which layers do without the window, and there is none",
+        "set model.window_size, or leave it out",
+    )
+    if isinstance(frequency, list):
+        draft.require(
+            len(frequency) == model.num_layers and set(frequency) <= {0, 1},
+            "model.window_attn_skip_freq",
+            f"a list must have a 0 or 1 for each of the {model.num_layers} layers",
+            "give one number for all",
+        )
+    else:
+        draft.require(
+            frequency > 0,
+            "model.window_attn_skip_freq",
+            "must be at least 1, which leaves no layer with a window",
+            "leave it out for a window in every layer",
+        )
+
+
+def _caps(draft: Draft) -> None:
+    model = draft.config.model
+    for name in _CAPS:
+        draft.require(
+            getattr(model, name) is None or model.layer_spec != "te",
+            f"model.{name}",
+            "Transformer Engine's layers do not cap logits",
+            "set model.layer_spec=torch or auto",
+        )
+    draft.require(
+        model.attn_logit_softcapping is None or model.attention_dropout == 0,
+        "model.attn_logit_softcapping",
+        f"no kernel drops capped scores, here attention_dropout={model.attention_dropout}",
+        "set model.attention_dropout=0",
+    )
+
+
+def _exchange(draft: Draft) -> None:
+    model = draft.config.model
+    windowed, dropped = model.window_size is not None, model.attention_dropout > 0
+    kinds = model.cp_comm_type
+    given = kinds if isinstance(kinds, list) else [kinds] if kinds else []
+    draft.require(
+        not (windowed and {"p2p", "a2a+p2p"} & set(given)),
+        "model.cp_comm_type",
+        f"a ring has no kernel for window_size={model.window_size}",
+        "use all_gather or a2a, or leave it out",
+    )
+    draft.require(
+        not (dropped and "p2p" in given and model.layer_spec == "torch"),
+        "model.cp_comm_type",
+        f"a ring of the torch layers does not drop, here attention_dropout="
+        f"{model.attention_dropout}",
+        "use all_gather or a2a, or leave it out",
+    )
+    draft.require(
+        "a2a+p2p" not in given or model.layer_spec != "torch",
+        "model.cp_comm_type",
+        "the torch layers exchange by p2p, all_gather or a2a",
+        "use one of these, or model.layer_spec=te",
+    )
+    why = "the least memory: keys and values pass from rank to rank"
+    if windowed:
+        why = f"a ring has no kernel for window_size={model.window_size}"
+    elif dropped:
+        why = f"a ring does not drop, attention_dropout={model.attention_dropout}"
+    draft.fill("model.cp_comm_type", "all_gather", why)
