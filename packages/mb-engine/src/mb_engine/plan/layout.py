@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each rank stands and which layers it holds, in megatron-core's order."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+if TYPE_CHECKING:
+    from mb_config import ConfigContainer
+    from mb_config.sections.model import ModelConfig
+
+
+@frozen(kw_only=True)
+class Degrees:
+    """How many ways each kind of parallelism splits the job.
+
+    Attributes:
+        tp, cp, dp, pp, vpp, ep, etp, edp: Tensor, context, data, pipeline, virtual pipeline, expert,
+            expert-tensor and expert-data parallelism; ``vpp`` is 1 without interleaving.
+        pipeline_before_data: Ranks count up through pipeline stages before replicas.
+    """
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    vpp: int
+    ep: int
+    etp: int
+    edp: int
+    pipeline_before_data: bool = False
+
+    @classmethod
+    def from_config(cls, config: ConfigContainer) -> Degrees:
+        """Return the degrees of a resolved configuration."""
+        model = config.model
+        tp, pp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+        cp, dp = model.context_parallel_size, config.train.data_parallel_size or 1
+        ep = model.expert_model_parallel_size
+        etp = model.expert_tensor_parallel_size or tp
+        return cls(
+            tp=tp,
+            cp=cp,
+            dp=dp,
+            pp=pp,
+            vpp=model.virtual_pipeline_model_parallel_size or 1,
+            ep=ep,
+            etp=etp,
+            edp=tp * cp * dp // (ep * etp),
+            pipeline_before_data=config.dist.use_tp_pp_dp_mapping,
+        )
+
+    @property
+    def world(self) -> int:
+        """Ranks of the job."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    def place(self, rank: int) -> Place:
+        """Return the coordinates of *rank*.
+
+        Source: megatron-core 0.16.1, ``parallel_state.RankGenerator`` with the orders
+        ``tp-cp-ep-dp-pp`` and ``tp-cp-ep-pp-dp``; experts have an order of their own without cp.
+        """
+        inner, rest = rank % (self.tp * self.cp), rank // (self.tp * self.cp)
+        expert_inner, expert_rest = rank % (self.etp * self.ep), rank // (self.etp * self.ep)
+        if self.pipeline_before_data:
+            pp_rank, dp_rank = rest % self.pp, rest // self.pp
+            edp_rank = expert_rest // self.pp
+        else:
+            pp_rank, dp_rank = rest // self.dp, rest % self.dp
+            edp_rank = expert_rest % self.edp
+        cp_rank = inner // self.tp
+        return Place(
+            tp_rank=inner % self.tp,
+            cp_rank=cp_rank,
+            dp_rank=dp_rank,
+            pp_rank=pp_rank,
+            ep_rank=expert_inner // self.etp,
+            replica=cp_rank + self.cp * dp_rank,
+            expert_replica=edp_rank,
+        )
+
+
+@frozen(kw_only=True)
+class Place:
+    """The coordinates of one rank.
+
+    Attributes:
+        tp_rank, cp_rank, dp_rank, pp_rank, ep_rank: Coordinates.
+        replica: Place among the ranks with the same dense parameters (data x context parallel).
+        expert_replica: Place among the ranks with the same experts.
+    """
+
+    tp_rank: int
+    cp_rank: int
+    dp_rank: int
+    pp_rank: int
+    ep_rank: int
+    replica: int
+    expert_replica: int
+
+
+def layers_of_chunk(model: ModelConfig, pp_rank: int, chunk: int) -> range:
+    """Return the layers (from 0) of one model chunk.
+
+    Chunk c of stage r follows chunk c of stage r - 1, and chunk c - 1 of the last stage.
+
+    Source: megatron-core 0.16.1, ``get_num_layers_to_build`` and ``get_transformer_layer_offset``.
+
+    Args:
+        model: Resolved.
+        pp_rank: Stage.
+        chunk: Which of the stage's model chunks; 0 without interleaving.
+    """
+    vpp = model.virtual_pipeline_model_parallel_size or 1
+    counts = [n // vpp for n in layers_per_stage(model)]
+    start = chunk * sum(counts) + sum(counts[:pp_rank])
+    return range(start, start + counts[pp_rank])
+
+
+def layers_per_stage(model: ModelConfig) -> list[int]:
+    """Return how many layers each pipeline stage holds."""
+    pp = model.pipeline_model_parallel_size
+    first = model.num_layers_in_first_pipeline_stage
+    last = model.num_layers_in_last_pipeline_stage
+    given = [n for n in (first, last) if n is not None]
+    others = pp - len(given)
+    each = (model.num_layers - sum(given)) // others if others else 0
+    counts = [each] * pp
+    if first is not None:
+        counts[0] = first
+    if last is not None:
+        counts[-1] = last
+    return counts
+
+
+def expert_layers(model: ModelConfig) -> list[bool]:
+    """Return for each layer whether it has experts."""
+    if not model.num_moe_experts:
+        return [False] * model.num_layers
+    if isinstance(model.moe_layer_freq, list):
+        return [bool(flag) for flag in model.moe_layer_freq]
+    return [i % model.moe_layer_freq == 0 for i in range(model.num_layers)]
+
+
+def is_first_chunk(pp_rank: int, chunk: int) -> bool:
+    """Return whether a chunk holds the embedding."""
+    return pp_rank == 0 and chunk == 0
+
+
+def is_last_chunk(degrees: Degrees, pp_rank: int, chunk: int) -> bool:
+    """Return whether a chunk holds the final norm, the output layer and the loss."""
+    return pp_rank == degrees.pp - 1 and chunk == degrees.vpp - 1
+
+
+def ring_share(ranks: int) -> float:
+    """Return the part of a tensor that a rank sends in a ring all-gather or reduce-scatter."""
+    return (ranks - 1) / ranks
+
+
+def lcm_up(value: int, multiple: int) -> int:
+    """Return *value* rounded up to a multiple."""
+    return math.ceil(value / multiple) * multiple
