@@ -59,6 +59,13 @@ class DistributedDataParallelConfig:
         fp8_param_gather: Gather parameters in FP8; null means as mixed_precision says, else off.
         reuse_grad_buf_for_mxfp8_param_ag: Gather MXFP8 parameters in the gradient buffer; null
             means as mixed_precision says, else off.
+        use_megatron_fsdp: Shard parameters, gradients and optimizer states over data-parallel
+            ranks with Megatron-FSDP.
+        data_parallel_sharding_strategy: What Megatron-FSDP shards; null means optim_grads_params
+            with use_megatron_fsdp, else no_shard.
+        suggested_communication_unit_size: Parameters that Megatron-FSDP gathers or reduces at
+            once; null means two transformer layers.
+        fsdp_double_buffer: Keep Megatron-FSDP's two communication buffers allocated.
     """
 
     grad_reduce_in_fp32: bool | None = None
@@ -74,6 +81,12 @@ class DistributedDataParallelConfig:
     average_in_collective: bool = False
     fp8_param_gather: bool | None = None
     reuse_grad_buf_for_mxfp8_param_ag: bool | None = None
+    use_megatron_fsdp: bool = False
+    data_parallel_sharding_strategy: (
+        Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None
+    ) = None
+    suggested_communication_unit_size: int | None = number(None, ge=1)
+    fsdp_double_buffer: bool = False
 
     __attrs_post_init__ = check_all
     __repr__ = concise
