@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from mb_engine.plan.buffers import GradientBuffer, gradient_buffer
-from mb_engine.plan.layout import Degrees
 from mb_engine.plan.parameters import chunk_parameters
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
 
-    from mb_engine.plan.layout import Place
+    from mb_engine.plan.layout import Degrees, Place
     from mb_engine.plan.parameters import Parameter
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}

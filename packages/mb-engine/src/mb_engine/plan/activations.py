@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors kept for the backward pass, layer by layer, and what recomputation leaves of them.
+
+Counted are the storages that autograd keeps, each once; parameters are not. How the counts follow
+from the model is written down next to each tensor in :mod:`mb_engine.plan.torch_activations` and
+:mod:`mb_engine.plan.te_activations`.
+
+Source: the accounting of Korthikanti et al. 2022, arXiv:2205.05198, section 4, taken anew for the
+operations that these layers use.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from attrs import frozen
+
+from mb_engine.plan import te_activations, torch_activations
+from mb_engine.plan.layout import expert_layers, is_first_chunk, is_last_chunk, layers_of_chunk
+from mb_engine.plan.saved import Saved
+from mb_engine.plan.sizes import Sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mb_config import ConfigContainer
+
+    from mb_engine.plan.layout import Degrees
+
+DeviceType = Literal["cpu", "cuda"]
+_Layer: TypeAlias = tuple[list[Saved], list[Saved]]
+_INSIDE = {
+    "core_attn": ("core",),
+    "mlp": ("mlp",),
+    "moe": ("router", "experts", "expert_activation", "shared"),
+    "shared_experts": ("shared",),
+    "moe_act": ("expert_activation",),
+    "layernorm": ("norm", "norm_output"),
+}
+"""Parts that each recomputed module drops; megatron-core's ``recompute_modules``."""
+
+
+@frozen(kw_only=True)
+class Segment:
+    """A stretch of the model that the backward pass leaves as a whole.
+
+    Attributes:
+        kept: Bytes from its forward to its backward pass.
+        again: Bytes that its recomputation brings back while its backward pass runs.
+    """
+
+    kept: float
+    again: float = 0.0
+
+
+@frozen(kw_only=True)
+class ChunkActivations:
+    """What one micro-batch leaves behind in one model chunk.
+
+    Attributes:
+        segments: In the order of the forward pass.
+        shared: Bytes that all micro-batches of a rank share (rotary tables).
+        by_part: Bytes kept by part of the model, for reports.
+    """
+
+    segments: tuple[Segment, ...]
+    shared: float
+    by_part: dict[str, float]
+
+    @property
+    def kept(self) -> float:
+        """Bytes between the forward and the backward pass."""
+        return sum(s.kept for s in self.segments)
+
+    def backward_peak(self) -> float:
+        """Return the most bytes held at once from the end of the forward pass on."""
+        held = self.kept
+        peak = held
+        for segment in reversed(self.segments):
+            peak = max(peak, held + segment.again)
+            held -= segment.kept
+        return peak
+
+
+def chunk_activations(
+    config: ConfigContainer,
+    degrees: Degrees,
+    *,
+    pp_rank: int,
+    chunk: int,
+    spec: str,
+    device: DeviceType,
+) -> ChunkActivations:
+    """Return what one micro-batch keeps in one model chunk.
+
+    Args:
+        config: Resolved.
+        degrees: Of the job.
+        pp_rank: Pipeline stage.
+        chunk: Which of its chunks.
+        spec: ``"torch"`` or ``"te"``.
+        device: Kernels of which device; they save different tensors.
+    """
+    layers_of = te_activations if spec == "te" else torch_activations
+    sizes = Sizes.from_config(config, degrees)
+    kinds = expert_layers(config.model)
+    attention = list(layers_of.attention_half(config, degrees, sizes, device=device))
+    by_kind: dict[bool, list[Saved]] = {}
+    layers: list[_Layer] = []
+    for index in layers_of_chunk(config.model, pp_rank, chunk):
+        kind = kinds[index]
+        if kind not in by_kind:
+            by_kind[kind] = list(
+                layers_of.mlp_half(config, degrees, sizes, experts=kind, device=device)
+            )
+        layers.append((attention, by_kind[kind]))
+    segments: list[Segment] = []
+    parts: dict[str, float] = {}
+    if is_first_chunk(pp_rank, chunk):
+        found = list(embedding(config, degrees, sizes, device=device))
+        segments.append(Segment(kept=_total(found)))
+        _add(parts, found)
+    segments += _layer_segments(config, sizes, degrees, layers, parts)
+    if is_last_chunk(degrees, pp_rank, chunk):
+        found = list(head(config, degrees, sizes, device=device))
+        segments.append(Segment(kept=_total(found)))
+        _add(parts, found)
+    shared = torch_activations.rotary_table(config, sizes) if spec == "torch" and layers else 0.0
+    return ChunkActivations(segments=tuple(segments), shared=shared, by_part=parts)
+
+
+def embedding(
+    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, device: DeviceType
+) -> Iterable[Saved]:
+    """Yield what the embedding keeps."""
+    yield Saved("token ids", "embedding", sizes.tokens * 8)
+    if degrees.tp > 1:
+        yield Saved("ids of other ranks", "embedding", sizes.tokens)
+    if config.model.hidden_dropout > 0:
+        yield Saved("dropout mask", "embedding", dropout_mask(sizes.spread_hidden, sizes, device))
+
+
+def head(
+    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, device: DeviceType
+) -> Iterable[Saved]:
+    """Yield what the final norm, the output layer and the loss keep."""
+    model = config.model
+    yield from torch_activations.norm(config, sizes, device=device)
+    yield Saved("output layer input", "head", sizes.spread_hidden)
+    fused = model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te"
+    # The loss keeps probabilities in float32; Transformer Engine's writes the gradient in place.
+    element = sizes.element if fused else 4
+    vocabulary = (model.padded_vocab_size or 0) // degrees.tp
+    yield Saved("log-probabilities", "head", sizes.tokens * vocabulary * element)
+    in_parts = degrees.tp > 1 or device == "cuda"
+    yield Saved("labels", "head", sizes.tokens * (9 if in_parts else 8))
+    yield Saved("loss mask", "head", sizes.tokens * 4)
+
+
+def dropout_mask(activation: float, sizes: Sizes, device: DeviceType) -> float:
+    """Return the bytes of a dropout mask; the CPU's has the dtype of the activation."""
+    return activation if device == "cpu" else activation / sizes.element
+
+
+def _layer_segments(
+    config: ConfigContainer,
+    sizes: Sizes,
+    degrees: Degrees,
+    layers: Sequence[_Layer],
+    parts: dict[str, float],
+) -> list[Segment]:
+    recompute = config.recompute
+    if recompute.recompute_granularity == "full":
+        return _fully_recomputed(config, sizes, degrees, layers, parts)
+    modules = ()
+    if recompute.recompute_granularity == "selective":
+        modules = tuple(recompute.recompute_modules or ("core_attn",))
+    segments = []
+    for found in chain.from_iterable(layers):
+        kept, again = _without(found, modules, sizes)
+        _add(parts, kept)
+        segments.append(Segment(kept=_total(kept), again=again))
+    return segments
+
+
+def _fully_recomputed(
+    config: ConfigContainer,
+    sizes: Sizes,
+    degrees: Degrees,
+    layers: Sequence[_Layer],
+    parts: dict[str, float],
+) -> list[Segment]:
+    """Return a segment a recomputed group of layers, and one a layer that keeps everything."""
+    recompute = config.recompute
+    group = recompute.recompute_num_layers or 1
+    saved_input = sizes.spread_hidden
+    if recompute.distribute_saved_activations:
+        saved_input //= degrees.tp
+    segments = []
+    uniform = recompute.recompute_method == "uniform"
+    count = len(layers) if uniform else min(group, len(layers))
+    step = group if uniform else 1
+    for start in range(0, count, step):
+        group_of = chain.from_iterable(layers[start : min(start + step, count)])
+        again = sum(_total(found) for found in group_of)
+        _add(parts, [Saved("layer input", "recomputed", saved_input)])
+        segments.append(Segment(kept=saved_input, again=again))
+    for found in chain.from_iterable(layers[count:]):
+        _add(parts, found)
+        segments.append(Segment(kept=_total(found)))
+    return segments
+
+
+def _without(
+    found: Sequence[Saved], modules: Sequence[str], sizes: Sizes
+) -> tuple[list[Saved], float]:
+    """Return what is kept with *modules* recomputed, and the largest thing one brings back."""
+    kept, again = list(found), 0.0
+    for module in modules:
+        dropped = [s for s in kept if s.part in _INSIDE.get(module, ())]
+        if not dropped:
+            continue
+        kept = [s for s in kept if s not in dropped]
+        if module == "layernorm":
+            # The norm's input is kept in place of what the norm itself keeps.
+            inputs = sum(1 for s in dropped if s.part == "norm_output")
+            kept += [Saved("norm input", "norm", sizes.spread_hidden)] * inputs
+            again = max(again, _total(dropped) / max(1, inputs))
+            continue
+        kept += [Saved(s.name, s.part, s.input_bytes) for s in dropped if s.input_bytes]
+        again = max(again, _total(dropped))
+    return kept, again
+
+
+def _total(found: Iterable[Saved]) -> float:
+    return sum(s.size for s in found)
+
+
+def _add(parts: dict[str, float], found: Iterable[Saved]) -> None:
+    for one in found:
+        parts[one.part] = parts.get(one.part, 0.0) + one.size
