@@ -169,6 +169,19 @@ def exchange_between_stages(dtype):
         assert stages.recv_forward((2, 3), False).tolist() == [[7.0] * 3] * 2
 
 
+def gather_different_numbers(dtype):
+    """Gather one row of rank 0 and two of rank 1, and scatter their gradients."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    x = torch.full((1 + group.rank(), 3), 1.0 + group.rank(), dtype=dtype, requires_grad=True)
+    rows = gather_from_sequence_parallel_region(x, group=group, output_split_sizes=[1, 2])
+    assert rows[:, 0].tolist() == [1.0, 2.0, 2.0]
+    (rows * torch.tensor([[1.0], [2.0], [3.0]], dtype=dtype)).sum().backward()
+    assert x.grad[:, 0].tolist() == [[2.0], [4.0, 6.0]][group.rank()]
+
+
 ON_ONE_RANK = {
     "factories": make_gradient_buffers,
     "moves": rotate_and_compare_hashes,
@@ -178,7 +191,11 @@ ON_ONE_RANK = {
     "streams": dispatch_to_experts,
     "random": draw_in_two_states,
 }
-ON_TWO_RANKS = {"all_to_all": dispatch_to_experts, "synchronize": exchange_between_stages}
+ON_TWO_RANKS = {
+    "all_to_all": dispatch_to_experts,
+    "synchronize": exchange_between_stages,
+    "uneven_collectives": gather_different_numbers,
+}
 
 
 # Trying them
@@ -234,6 +251,7 @@ def two_rank_outcomes():
     degrees = {
         "all_to_all": {"expert_model_parallel_size": 2},
         "synchronize": {"pipeline_model_parallel_size": 2},
+        "uneven_collectives": {"tensor_model_parallel_size": 2},
     }
     return outcomes(ON_TWO_RANKS, degrees)
 
@@ -257,6 +275,7 @@ NEEDS = {
     "streams": "CUDA|_cuda_getCurrentStream|NVIDIA",
     "random": "CUDA|NVIDIA",
     "all_to_all": "incompatible function arguments",
+    "uneven_collectives": "invalid tensor size",
 }
 
 

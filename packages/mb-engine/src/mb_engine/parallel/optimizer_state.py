@@ -109,9 +109,10 @@ def optimizer_steps(optimizer: Any) -> set[int]:
         for group in one.optimizer.param_groups:
             if "step" in group:
                 steps.add(int(group["step"]))
-            for param in group["params"][:1]:
+            for param in group["params"]:
                 if "step" in one.optimizer.state.get(param, {}):
                     steps.add(int(one.optimizer.state[param]["step"]))
+                    break
     return steps
 
 

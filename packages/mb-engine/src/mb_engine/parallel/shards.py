@@ -9,10 +9,11 @@ carries that range. So any layout can load what any other layout saved.
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from mb_config.records import TensorShard
 
 from mb_engine.errors import EngineError
@@ -28,7 +29,7 @@ _METADATA = {"non_homogeneous_layers": True}
 
 
 @frozen(kw_only=True, eq=False)
-class _Piece:
+class Piece:
     """A box of a global tensor and where it lies in the flattened local parameter."""
 
     key: str
@@ -41,10 +42,37 @@ class _Piece:
 
     @property
     def stop(self) -> int:
+        """The end of the box in the flattened local parameter."""
         return self.start + math.prod(self.local_shape)
 
+    def shard(self, key: str, data: Tensor) -> TensorShard:
+        """Return the record of *data*, the whole box."""
+        return TensorShard(
+            key=key,
+            data=data.view(self.local_shape),
+            global_shape=self.global_shape,
+            offset=self.offset,
+            local_shape=self.local_shape,
+            dtype=_dtype_name(data),
+            replica_id=int(any(self.replica_id)),
+        )
 
-def _pieces(entry: Any) -> Iterator[_Piece]:
+    def range_shard(self, key: str, data: Tensor, flat_range: tuple[int, int]) -> TensorShard:
+        """Return the record of *data*, elements of the flattened box that no other replica has."""
+        return TensorShard(
+            key=key,
+            data=data,
+            global_shape=self.global_shape,
+            offset=self.offset,
+            local_shape=self.local_shape,
+            dtype=_dtype_name(data),
+            # The last coordinate is that of the replicas, which share the box.
+            replica_id=int(any(self.replica_id[:-1])),
+            flat_range=flat_range,
+        )
+
+
+def _pieces(entry: Any) -> Iterator[Piece]:
     """Yield the boxes of one entry of a sharded state dict: a ShardedTensor or a factory."""
     built = entry.build() if hasattr(entry, "build") else [entry]
     base = entry.data.detach()
@@ -56,7 +84,7 @@ def _pieces(entry: Any) -> Iterator[_Piece]:
                 " checkpointed, please report its configuration"
             )
         replica = sharded.replica_id
-        yield _Piece(
+        yield Piece(
             key=sharded.key,
             global_shape=tuple(int(n) for n in sharded.global_shape),
             offset=tuple(int(n) for n in sharded.global_offset),
@@ -100,18 +128,29 @@ def model_shards(chunks: Sequence[nn.Module], *, prefix: str = "model.") -> list
         prefix: Put before every key.
     """
     return [
-        TensorShard(
-            key=prefix + piece.key,
-            data=piece.data.view(piece.local_shape),
-            global_shape=piece.global_shape,
-            offset=piece.offset,
-            local_shape=piece.local_shape,
-            dtype=_dtype_name(piece.data),
-            replica_id=int(any(piece.replica_id)),
-        )
+        piece.shard(prefix + piece.key, piece.data)
         for entry in _entries(chunks)
         for piece in _pieces(entry)
     ]
+
+
+def pieces_by_name(chunk: nn.Module) -> dict[str, list[Piece]]:
+    """Return what of the whole model each parameter and persistent buffer of *chunk* is.
+
+    Args:
+        chunk: A model chunk of this rank, whole.
+
+    Returns:
+        Pieces without their values, by the tensor's name in *chunk*.
+    """
+    names = {
+        id(tensor): name for name, tensor in chain(chunk.named_parameters(), chunk.named_buffers())
+    }
+    return {
+        names[id(entry.data)]: [evolve(p, data=p.data.new_empty(0)) for p in _pieces(entry)]
+        for entry in _entries([chunk])
+        if id(entry.data) in names
+    }
 
 
 def optimizer_shards(
@@ -138,37 +177,28 @@ def optimizer_shards(
             )
         for name, tensor in state.tensors.items():
             for box in boxes:
-                shard = _state_shard(f"{prefix}{name}.{box.key}", box, tensor, state.flat_range)
+                shard = state_shard(f"{prefix}{name}.{box.key}", box, tensor, state.flat_range)
                 if shard is not None:
                     shards.append(shard)
     return shards
 
 
-def _state_shard(
-    key: str, box: _Piece, tensor: Tensor, flat_range: tuple[int, int] | None
+def state_shard(
+    key: str, box: Piece, tensor: Tensor, flat_range: tuple[int, int] | None
 ) -> TensorShard | None:
     """Return the part of one state tensor that lies in *box*, or None if there is none.
 
     *tensor* covers ``flat_range`` of the flattened local parameter, or all of it.
     """
     flat = tensor.detach().reshape(-1)
-    first, last = flat_range or (0, flat.numel())
+    if flat_range is None:
+        return box.shard(key, flat[box.start : box.stop])
+    first, last = flat_range
     start, stop = max(first, box.start), min(last, box.stop)
     if start >= stop:
         return None
-    whole = flat_range is None
     data = flat[start - first : stop - first]
-    replica = box.replica_id if whole else box.replica_id[:-1]
-    return TensorShard(
-        key=key,
-        data=data.view(box.local_shape) if whole else data,
-        global_shape=box.global_shape,
-        offset=box.offset,
-        local_shape=box.local_shape,
-        dtype=_dtype_name(tensor),
-        replica_id=int(any(replica)),
-        flat_range=None if whole else (start - box.start, stop - box.start),
-    )
+    return box.range_shard(key, data, (start - box.start, stop - box.start))
 
 
 def optimizer_plain_state(optimizer: Any) -> dict[str, Any]:

@@ -13,13 +13,21 @@ if TYPE_CHECKING:
 
 
 def wrap_data_parallel(config: ConfigContainer, chunks: list[nn.Module]) -> list[Any]:
-    """Return *chunks* wrapped in a :class:`BufferedDataParallel` each.
+    """Return *chunks* wrapped in a :class:`BufferedDataParallel` or ``FullyShardedChunk`` each.
 
     Every field of ``config.ddp`` whose name megatron-core knows is passed on. Buckets after the
     first chunk are merged, as nothing is left to overlap them with.
+
+    Raises:
+        EngineError: If Megatron-FSDP is asked for and cannot run here.
     """
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.utils import get_model_config
+
+    if config.ddp.use_megatron_fsdp:
+        from mb_engine.parallel.fully_sharded import fully_sharded
+
+        return [fully_sharded(config, chunk) for chunk in chunks]
 
     from mb_engine.parallel.gradient_buffer import BufferedDataParallel
 
@@ -40,6 +48,12 @@ def wrap_data_parallel(config: ConfigContainer, chunks: list[nn.Module]) -> list
         for chunk in wrapped:
             chunk.broadcast_params()
     return wrapped
+
+
+def unwrapped(chunk: Any) -> nn.Module:
+    """Return the model chunk inside a data-parallel wrapper."""
+    inner: nn.Module = chunk.chunk if hasattr(chunk, "param_and_grad_buffer") else chunk.module
+    return inner
 
 
 def connect_schedule(config: ConfigContainer, chunks: list[Any], optimizer: Any) -> None:

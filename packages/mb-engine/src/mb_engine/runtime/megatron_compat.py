@@ -6,6 +6,7 @@ what                                    0.16.1                       0.19.2
 ======================================  ===========================  ==============================
 ``moe_utils.te_general_gemm``           undefined without TE         None without TE
 recomputed norms without TE             NameError                    NameError
+Megatron-FSDP with TP, without TE       TypeError                    goes by class names
 spec of the expert layer                ``ModuleSpec``               ``functools.partial``
 spec of the dense MLP                   ``ModuleSpec``               ``functools.partial``
 q and k norm of a plain attention       ``IdentityOp``               ``None``
@@ -60,20 +61,23 @@ def prepare_megatron() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16 tests this name in the router but forgets to define it where TE is missing.
         moe_utils.te_general_gemm = None
-    _recompute_without_te()
+    _do_without_te()
     _replace_what_warns_at_each_call()
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
     )
 
 
-def _recompute_without_te() -> None:
-    """Let recomputed modules do without the FP8 state where Transformer Engine is missing.
+def _do_without_te() -> None:
+    """Keep recomputed modules and Megatron-FSDP from names that Transformer Engine would bring.
 
-    Both versions look it up for ``recompute_modules`` such as ``layernorm`` unless told ``fp8=None``,
-    which most callers forget, and end in a NameError.
+    Both versions look up its FP8 state for ``recompute_modules`` such as ``layernorm`` unless told
+    ``fp8=None``, which most callers forget. 0.16's FSDP asks what is an instance of its linear.
     """
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    adapter: Any = importlib.import_module("megatron.core.distributed.fsdp.mcore_fsdp_adapter")
+    if not isinstance(getattr(adapter, "TELinear", None), type):
+        adapter.TELinear = ()  # no module is one; a mock, which it is there, cannot be asked
     checkpoint = random.CheckpointWithoutOutput
     if random.HAVE_TE or getattr(checkpoint.__init__, "without_te", False):
         return
@@ -159,6 +163,11 @@ def is_moe_spec(mlp: Any) -> bool:
 
     target = mlp.func if isinstance(mlp, functools.partial) else getattr(mlp, "module", mlp)
     return isinstance(target, type) and issubclass(target, MoELayer)
+
+
+def moe_submodules(mlp: Any) -> Any:
+    """Return the submodules of a spec for which :func:`is_moe_spec` holds."""
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
 def dense_mlp_spec(mlp_class: type, spec: Any) -> Any:

@@ -226,6 +226,45 @@ def _all_to_all() -> Iterator[Replacement]:
     yield Replacement(owner=torch.distributed, name="all_to_all_single", value=all_to_all_single)
 
 
+def _uneven_collectives() -> Iterator[Replacement]:
+    dist = torch.distributed
+    gather, reduce_and_scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_alike(tensors: list[Tensor]) -> bool:
+        return all(tensor.shape == tensors[0].shape for tensor in tensors)
+
+    @functools.wraps(gather)
+    def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, **kw: Any) -> Any:
+        if all_alike(tensor_list):
+            return gather(tensor_list, tensor, group, **kw)
+        padded = tensor.new_zeros((max(map(len, tensor_list)), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in tensor_list]
+        gather(parts, padded, group)
+        for output, part in zip(tensor_list, parts, strict=True):
+            output.copy_(part[: len(output)])
+        return None
+
+    @functools.wraps(reduce_and_scatter)
+    def reduce_scatter(
+        output: Tensor,
+        input_list: list[Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        **kw: Any,
+    ) -> Any:
+        if all_alike(input_list):
+            return reduce_and_scatter(output, input_list, op, group, **kw)
+        whole = torch.cat(input_list)
+        dist.all_reduce(whole, op, group)
+        sizes = [len(part) for part in input_list]
+        output.copy_(whole.split(sizes)[dist.get_rank(group)])
+        return None
+
+    yield Replacement(owner=dist, name="all_gather", value=all_gather)
+    yield Replacement(owner=dist, name="reduce_scatter", value=reduce_scatter)
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="factories",
@@ -316,6 +355,13 @@ PATCHES: tuple[Patch, ...] = (
         reason="split sizes become lists only when their tensor is on CUDA; gloo wants lists",
         needed_by=("transformer/moe/moe_utils.py:1093", "tensor_parallel/mappings.py:449"),
         replacements=_all_to_all,
+    ),
+    Patch(
+        name="uneven_collectives",
+        reason="experts split over tensor-parallel ranks gather different numbers of tokens, which"
+        " NCCL can and gloo cannot",
+        needed_by=("tensor_parallel/mappings.py:150", "tensor_parallel/mappings.py:202"),
+        replacements=_uneven_collectives,
     ),
 )
 """All that is patched, in the order it is applied."""

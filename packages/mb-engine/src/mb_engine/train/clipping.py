@@ -68,6 +68,8 @@ def use_buffers(optimizer: Any, chunks: Sequence[Any]) -> Any:
     """
     from megatron.core import parallel_state
 
+    if any(chunk.ddp_config.use_megatron_fsdp for chunk in chunks):
+        return optimizer
     inner = getattr(optimizer, "chained_optimizers", [optimizer])
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
     in_buffers = {id(parameter) for buffer in buffers for parameter in buffer.params}

@@ -13,7 +13,7 @@ from attrs import define, field, frozen
 
 from mb_engine.errors import CheckpointMismatchError, EngineError
 from mb_engine.parallel import optimizer_state, shards
-from mb_engine.parallel.wrap import connect_schedule, wrap_data_parallel
+from mb_engine.parallel.wrap import connect_schedule, unwrapped, wrap_data_parallel
 from mb_engine.train import state as train_state
 from mb_engine.train.objective import LanguageModelObjective
 from mb_engine.train.state import TrainState
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from mb_config import ConfigContainer
-    from mb_config.records import LossTerms, ProcessLayout
+    from mb_config.records import LossTerms, ProcessLayout, TensorShard
     from torch import Tensor, nn
 
     from mb_engine.interfaces import Checkpointer, ForwardStep, ModelTransform, Objective
@@ -141,7 +141,13 @@ class Engine:
     @property
     def model(self) -> list[nn.Module]:
         """The model chunks of this rank without their data-parallel wrappers."""
-        return [chunk.module for chunk in self.chunks]
+        return [unwrapped(chunk) for chunk in self.chunks]
+
+    def model_shards(self) -> list[TensorShard]:
+        """Return this rank's pieces of all parameters; with Megatron-FSDP, those it owns."""
+        if self.config.ddp.use_megatron_fsdp:
+            return [s for chunk in self.chunks for s in chunk.model_shards("model.")]
+        return shards.model_shards(self.model)
 
     def forward_backward(self, batches: Sequence[Mapping[str, Tensor]]) -> LossTerms:
         """Compute the loss of one global batch and its gradients, replacing earlier gradients.
@@ -214,11 +220,11 @@ class Engine:
 
         checkpoint = self.config.checkpoint
         with self.synced_parameters():
-            state: dict[str, Any] = {"model": shards.model_shards(self.model)}
+            state: dict[str, Any] = {"model": self.model_shards()}
             state["run"] = train_state.plain_state(self.config, self.layout, self.progress)
             if checkpoint.save_optim:
                 optimizer_state.allocate_state(self.optimizer)
-                state["optimizer"] = shards.optimizer_shards(self.model, self.optimizer)
+                state["optimizer"] = self._optimizer_shards()
                 state["run"]["optimizer"] = shards.optimizer_plain_state(self.optimizer)
                 state["run"]["scheduler"] = self.scheduler.state_dict()
             state["run"]["has_rng"] = checkpoint.save_rng
@@ -249,20 +255,23 @@ class Engine:
         if run is None or "model_identity" not in run:
             raise CheckpointMismatchError(f"{where} was not saved by a training run of this engine")
         train_state.check_model_identity(self.config, run["model_identity"], where=where)
-        wanted: dict[str, Any] = {"model": shards.model_shards(self.model)}
+        wanted: dict[str, Any] = {"model": self.model_shards()}
         with_optimizer = (
             not weights_only and self.config.checkpoint.load_optim and "optimizer" in run
         )
         if with_optimizer:
             optimizer_state.allocate_state(self.optimizer)
-            wanted["optimizer"] = shards.optimizer_shards(self.model, self.optimizer)
+            wanted["optimizer"] = self._optimizer_shards()
         random_states = self._wanted_rng(run, weights_only=weights_only)
         wanted["rng"] = train_state.rng_shards(random_states, rank=self.layout.rank)
         checkpointer.load(wanted, step)
         if with_optimizer:
             shards.load_optimizer_plain_state(self.optimizer, run["optimizer"])
             self.scheduler.load_state_dict(run["scheduler"])
-        else:
+        if self.config.ddp.use_megatron_fsdp:
+            for chunk in self.chunks:
+                chunk.take_over(main_params=with_optimizer)
+        elif not with_optimizer:
             self.optimizer.reload_model_params()
         self._restore(run, random_states, weights_only=weights_only)
 
@@ -271,7 +280,7 @@ class Engine:
         from mb_engine.parallel.parameters import parameters_norm
 
         with self.synced_parameters():
-            return parameters_norm(self.model)
+            return parameters_norm(self.model_shards(), self.layout.device)
 
     def close(self) -> None:
         """Leave the process groups."""
@@ -306,9 +315,22 @@ class Engine:
             for chunk, was in zip(self.chunks, training, strict=True):
                 chunk.train(was)
 
+    def _optimizer_shards(self) -> list[TensorShard]:
+        if self.config.ddp.use_megatron_fsdp:
+            return [
+                shard
+                for chunk in self.chunks
+                for shard in chunk.optimizer_shards(self.optimizer, "optimizer.")
+            ]
+        return shards.optimizer_shards(self.model, self.optimizer)
+
     def _start_hooks(self) -> None:
         ddp = self.config.ddp
-        self._hooks_on = bool(ddp.use_distributed_optimizer and ddp.overlap_param_gather)
+        self._hooks_on = bool(
+            ddp.use_distributed_optimizer
+            and ddp.overlap_param_gather
+            and not ddp.use_megatron_fsdp  # gathers what is read where it is read
+        )
 
     def _loss_scale(self) -> float:
         if not self.config.model.fp16:

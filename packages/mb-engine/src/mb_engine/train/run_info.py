@@ -42,7 +42,7 @@ def run_info(engine: Engine) -> RunInfo:
         start_step=engine.progress.step,
         total_steps=config.train.train_iters,
         sequence_length=config.model.seq_length,
-        num_parameters=count_parameters(engine.model),
+        num_parameters=count_parameters(engine.model_shards(), engine.layout.device),
         flops_per_token=flops_per_token(config),
         versions=installed_versions(),
     )
