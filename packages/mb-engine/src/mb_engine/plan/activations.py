@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from attrs import frozen
 
 from mb_engine.plan import te_activations, torch_activations
-from mb_engine.plan.layout import expert_layers, is_first_chunk, is_last_chunk, layers_of_chunk
+from mb_engine.plan.layout import (
+    expert_layers,
+    is_first_chunk,
+    is_last_chunk,
+    layers_of_chunk,
+    windowed_layers,
+)
 from mb_engine.plan.saved import Saved
 from mb_engine.plan.sizes import Sizes
 
@@ -105,16 +111,18 @@ def chunk_activations(
     layers_of = te_activations if spec == "te" else torch_activations
     sizes = Sizes.from_config(config, degrees)
     kinds = expert_layers(config.model)
-    attention = list(layers_of.attention_half(config, degrees, sizes, device=device))
-    by_kind: dict[bool, list[Saved]] = {}
+    windowed = windowed_layers(config.model)
+    halves: dict[tuple[bool, bool], _Layer] = {}
     layers: list[_Layer] = []
     for index in layers_of_chunk(config.model, pp_rank, chunk):
-        kind = kinds[index]
-        if kind not in by_kind:
-            by_kind[kind] = list(
-                layers_of.mlp_half(config, degrees, sizes, experts=kind, device=device)
+        kind = kinds[index], windowed[index]
+        if kind not in halves:
+            first = layers_of.attention_half(
+                config, degrees, sizes, windowed=kind[1], device=device
             )
-        layers.append((attention, by_kind[kind]))
+            second = layers_of.mlp_half(config, degrees, sizes, experts=kind[0], device=device)
+            halves[kind] = list(first), list(second)
+        layers.append(halves[kind])
     segments: list[Segment] = []
     parts: dict[str, float] = {}
     if is_first_chunk(pp_rank, chunk):

@@ -9,6 +9,8 @@ owns the i-th part of each bucket.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -34,29 +36,31 @@ class GradientBuffer:
         elements: With padding.
         used: Without padding.
         buckets: First and last element + 1 of each bucket.
-        pieces: First and last element + 1 of each parameter.
+        pieces: First element and elements of each parameter.
+        before: Used elements before each parameter.
     """
 
     elements: int
     used: int
     buckets: tuple[tuple[int, int], ...]
     pieces: tuple[tuple[int, int], ...]
+    before: tuple[int, ...]
 
-    def owned(self, replica: int, replicas: int) -> tuple[int, int]:
-        """Return how many elements one replica's optimizer owns, and of how many parameters."""
-        elements = touched = 0
-        pieces, at = self.pieces, 0
+    def owned(self, replica: int, replicas: int) -> int:
+        """Return how many elements one replica's optimizer owns, its part of each bucket."""
+        elements = 0
         for start, stop in self.buckets:
             share = (stop - start) // replicas
             low = start + replica * share
-            high = low + share
-            while at < len(pieces) and pieces[at][0] < stop:
-                overlap = min(high, pieces[at][1]) - max(low, pieces[at][0])
-                if overlap > 0:
-                    elements += overlap
-                    touched += 1
-                at += 1
-        return elements, touched
+            elements += self._used_below(low + share) - self._used_below(low)
+        return elements
+
+    def _used_below(self, end: int) -> int:
+        at = bisect.bisect_right(self.pieces, (end, 0)) - 1
+        if at < 0:
+            return 0
+        start, size = self.pieces[at]
+        return self.before[at] + min(size, end - start)
 
 
 def gradient_buffer(
@@ -95,7 +99,7 @@ def gradient_buffer(
             at = lcm_up(at, _PARAMETER_ALIGNMENT)
         if alone and filled:
             at = close(at)
-        pieces.append((at, at + parameter.size))
+        pieces.append((at, parameter.size))
         at += parameter.size
         filled = True
         if alone or (bucket_size is not None and at - bucket_start >= bucket_size):
@@ -107,4 +111,5 @@ def gradient_buffer(
         used=sum(p.size for p in parameters),
         buckets=tuple(buckets),
         pieces=tuple(pieces),
+        before=tuple(itertools.accumulate((size for _, size in pieces[:-1]), initial=0)),
     )

@@ -146,6 +146,21 @@ def expert_layers(model: ModelConfig) -> list[bool]:
     return [i % model.moe_layer_freq == 0 for i in range(model.num_layers)]
 
 
+def windowed_layers(model: ModelConfig) -> list[bool]:
+    """Return for each layer whether its attention has the sliding window.
+
+    Source: megatron-core 0.16.1, ``is_layer_window_attention``.
+    """
+    frequency = model.window_attn_skip_freq
+    if model.window_size is None:
+        return [False] * model.num_layers
+    if frequency is None:
+        return [True] * model.num_layers
+    if isinstance(frequency, list):
+        return [bool(flag) for flag in frequency]
+    return [(i + 1) % frequency != 0 for i in range(model.num_layers)]
+
+
 def is_first_chunk(pp_rank: int, chunk: int) -> bool:
     """Return whether a chunk holds the embedding."""
     return pp_rank == 0 and chunk == 0

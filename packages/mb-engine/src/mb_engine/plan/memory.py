@@ -138,8 +138,8 @@ def state_memory(config: ConfigContainer, state: StageState, parts: tuple[int, i
     padding = sum(b.elements for b in buffers) - elements
     owned = elements
     if distributed:
-        owned = sum(b.owned(parts[0], state.dense_replicas)[0] for b in state.dense)
-        owned += sum(b.owned(parts[1], state.expert_replicas)[0] for b in state.expert)
+        owned = sum(b.owned(parts[0], state.dense_replicas) for b in state.dense)
+        owned += sum(b.owned(parts[1], state.expert_replicas) for b in state.expert)
     return StateMemory(
         parameters=elements,
         parameter_bytes=elements * parameter,

@@ -24,7 +24,7 @@ _FLOAT = 4
 
 
 def attention_half(
-    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, device: str
+    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, windowed: bool, device: str
 ) -> Iterator[Saved]:
     """Yield what the first half of a transformer layer keeps.
 
@@ -32,8 +32,10 @@ def attention_half(
         config: Resolved.
         degrees: Of the job.
         sizes: Of one micro-batch.
+        windowed: Whether the layer has the sliding window, which its kernels need no mask for.
         device: ``"cuda"``; Transformer Engine has no other.
     """
+    del windowed
     # LayerNormLinear keeps the norm's input and output, both split by sequence parallelism.
     yield from norm(config, sizes, device=device)
     yield Saved("input of the projection", "norm_output", sizes.spread_hidden)

@@ -26,7 +26,7 @@ _INDEX = 8
 
 
 def attention_half(
-    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, device: str
+    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, windowed: bool, device: str
 ) -> Iterator[Saved]:
     """Yield what the first half of a transformer layer keeps.
 
@@ -34,11 +34,12 @@ def attention_half(
         config: Resolved.
         degrees: Of the job.
         sizes: Of one micro-batch.
+        windowed: Whether the layer has the sliding window.
         device: ``"cpu"`` or ``"cuda"``.
     """
     yield from norm(config, sizes, device=device)
     yield Saved("input of the projection", "norm_output", sizes.spread_hidden)
-    yield from _attention(config, degrees, sizes, device=device)
+    yield from _attention(config, degrees, sizes, windowed=windowed, device=device)
     yield from _dropout(config, sizes, device=device)
 
 
@@ -100,7 +101,7 @@ def inner_copies(model: ModelConfig) -> int:
 
 
 def _attention(
-    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, device: str
+    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, windowed: bool, device: str
 ) -> Iterator[Saved]:
     model = config.model
     query, key, mixed = sizes.query, sizes.key, sizes.query + 2 * sizes.key
@@ -139,7 +140,7 @@ def _attention(
         yield Saved("scaled queries and keys", "core", 2 * query)
     else:
         yield Saved("log-sum-exp", "core", scale)
-    if model.window_size is not None:
+    if windowed:
         yield Saved("mask", "core", sizes.length**2 * sizes.element)
     yield Saved("input of the output projection", "attention", query)
 

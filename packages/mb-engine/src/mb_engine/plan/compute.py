@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model FLOPs of each pipeline stage, from the counts of :mod:`mb_engine.model.flops`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import attrs
+
+from mb_engine.model.flops import flops_per_token, forward_flops_per_token
+from mb_engine.plan.layout import expert_layers, is_last_chunk, layers_of_chunk
+
+if TYPE_CHECKING:
+    from mb_config import ConfigContainer
+    from mb_config.sections.model import ModelConfig
+
+    from mb_engine.plan.layout import Degrees
+
+
+def flops_per_step(config: ConfigContainer) -> float:
+    """Return the model FLOPs of one step over all ranks, forward and backward."""
+    tokens = (config.train.global_batch_size or 0) * config.model.seq_length
+    return flops_per_token(config) * tokens
+
+
+def forward_flops_by_stage(model: ModelConfig, degrees: Degrees) -> list[float]:
+    """Return the forward operations of one token in each pipeline stage.
+
+    Args:
+        model: Resolved.
+        degrees: Of the job.
+    """
+    output = forward_flops_per_token(_with_layers(model, []))
+    kinds = expert_layers(model)
+    by_kind = {
+        kind: forward_flops_per_token(_with_layers(model, [kind])) - output for kind in set(kinds)
+    }
+    stages = []
+    for pp_rank in range(degrees.pp):
+        total = 0.0
+        for chunk in range(degrees.vpp):
+            layers = layers_of_chunk(model, pp_rank, chunk)
+            total += sum(by_kind[kinds[index]] for index in layers)
+            if is_last_chunk(degrees, pp_rank, chunk):
+                total += output
+        stages.append(total)
+    return stages
+
+
+def attention_score_flops(model: ModelConfig) -> float:
+    """Return the forward operations of one token in the products of scores and values of a layer.
+
+    They are what recomputing ``core_attn`` repeats.
+    """
+    whole = forward_flops_per_token(_with_layers(model, [False]))
+    # With one token a sequence a query sees one key.
+    short = attrs.evolve(_with_layers(model, [False]), seq_length=1, window_size=None)
+    one_key = 4.0 * model.num_attention_heads * (model.kv_channels or 0)
+    return whole - (forward_flops_per_token(short) - one_key)
+
+
+def _with_layers(model: ModelConfig, kinds: list[bool]) -> ModelConfig:
+    """Return *model* with these layers alone, and the output layer."""
+    return attrs.evolve(
+        model,
+        num_layers=len(kinds),
+        moe_layer_freq=[int(kind) for kind in kinds],
+        cp_comm_type=None,
+        window_attn_skip_freq=None,
+    )
