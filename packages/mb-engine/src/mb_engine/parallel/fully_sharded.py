@@ -117,6 +117,11 @@ class FullyShardedChunk(FullyShardedDataParallel):  # type: ignore[misc]
             for part in self._slices():
                 if part.main is not None:
                     part.main.copy_(part.values)
+        # Layers gathered ahead have the values from before the load.
+        gathers = self.module.all_gather_pipeline
+        for bucket, backward in list(gathers.param_gather_event_map):
+            gathers.wait_bucket_ready(bucket, backward)
+        self.module.synchronize_param_gather()
         self.start_param_sync()
 
     def _slices(self) -> Iterator[_Slice]:
