@@ -20,7 +20,7 @@ METRICS = RUN / "metrics.jsonl"
 PROMPT = "The import statement "
 MAX_LOSS = 1.9
 MAX_JUMP = 0.15
-STEPS = (90, 140, 160)
+STEPS = (45, 105, 120)
 
 
 def mb_train(*arguments: str) -> None:
