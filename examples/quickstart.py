@@ -108,7 +108,7 @@ def summary(seams: list[tuple[str, float, float]], seconds: float) -> None:
     print(f"TensorBoard      tensorboard --logdir {RUN / 'tensorboard'}")
     print(f"checkpoints      {RUN / 'checkpoints'}")
     print("next             mb-train run --config quickstart.yaml train.train_iters=50")
-    print("                 mb-train run --config quickstart.yaml model.hidden_size=256 --nproc 2")
+    print("                 mb-train run --config quickstart.yaml model.num_layers=8 --nproc 2")
     print("                 docs/getting-started.md")
     jumps = [after - before for _, before, after in seams]
     if last >= MAX_LOSS or max(jumps) > MAX_JUMP:
