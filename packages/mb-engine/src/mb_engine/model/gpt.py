@@ -50,8 +50,11 @@ def transformer_config(config: ConfigContainer) -> Any:
     }
     model = config.model
     values |= _translated(model)
-    # A stage's output is sent on and then only its autograd node is needed.
-    values["deallocate_pipeline_outputs"] = model.pipeline_model_parallel_size > 1
+    # A stage's output is sent on and then only its autograd node is needed. Where sends overlap,
+    # only a CUDA stream keeps the memory from being written again before it has been sent.
+    values["deallocate_pipeline_outputs"] = model.pipeline_model_parallel_size > 1 and (
+        torch.cuda.is_available() or not config.comm_overlap.overlap_p2p_comm
+    )
     values.pop("cuda_graph_scope", None)
     values |= cuda_graph_fields(config.cuda_graph.cuda_graph_scope, known=known)
     te = choose_layer_spec(config) == "te"
