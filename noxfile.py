@@ -250,12 +250,12 @@ def docs_code(session: nox.Session) -> None:
     session.run("pytest", str(ROOT / "ci" / "test_docs_code.py"), *session.posargs, env=env)
 
 
-@nox.session(python=PYTHON)
-def compat(session: nox.Session) -> None:
-    """Run the engine's tests against the sources of the newest supported megatron-core."""
-    install(session, "mb-engine", group="test")
+def newest_megatron(session: nox.Session) -> dict[str, str]:
+    """Return the environment in which the newest supported megatron-core is imported.
+
+    That wheel declares Python 3.12, but ``megatron.core`` itself runs on 3.11 as well.
+    """
     tmp = pathlib.Path(session.create_tmp())
-    # That wheel declares Python 3.12, but megatron.core itself runs on 3.11 as well.
     session.run(
         *("python", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"),
         *("--python-version", "3.12", "-d", str(tmp), f"megatron-core=={COMPAT_MEGATRON}"),
@@ -265,7 +265,27 @@ def compat(session: nox.Session) -> None:
     env = ENV | {"PYTHONPATH": str(tmp / "megatron")}
     show = "import megatron.core as m; print('megatron-core', m.__version__, m.__file__)"
     session.run("python", "-c", show, env=env)
+    return env
+
+
+@nox.session(python=PYTHON)
+def compat(session: nox.Session) -> None:
+    """Run the engine's tests against the sources of the newest supported megatron-core."""
+    install(session, "mb-engine", group="test")
+    env = newest_megatron(session)
     session.run("pytest", str(PACKAGES["mb-engine"] / "tests"), *session.posargs, env=env)
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("newest", [nox.param(False, id="pinned"), nox.param(True, id=COMPAT_MEGATRON)])
+def parity(session: nox.Session, newest: bool) -> None:
+    """Compare every mode with one rank and write what was measured; see docs/parity.md."""
+    install(session, "mb-engine", group="test")
+    env = newest_megatron(session) if newest else ENV
+    name = f"parity-megatron-core-{COMPAT_MEGATRON}.md" if newest else "parity.md"
+    script = PACKAGES["mb-engine"] / "tests" / "parity" / "mode_report.py"
+    results = ROOT / "benchmarks" / "results" / name
+    session.run("python", "-Wignore", str(script), str(results), *session.posargs, env=env)
 
 
 @nox.session(venv_params=["--system-site-packages"])

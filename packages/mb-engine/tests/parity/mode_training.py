@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training runs to compare, as ranks run them."""
+
+from __future__ import annotations
+
+import torch
+from mb_engine import Engine
+from mb_engine.runtime.distributed import shutdown
+from mb_engine.testing import tiny_config
+from mb_engine.train.batch_size import BatchSizeSchedule
+
+
+def global_batches(config, steps):
+    """Yield the samples of each step: the same whatever the layout."""
+    generator = torch.Generator().manual_seed(20)
+    vocabulary, length = config.model.vocab_size, config.model.seq_length
+    schedule = BatchSizeSchedule.from_config(config)
+    most = schedule.target_batch_size
+    ids = torch.randint(0, vocabulary, (most, length + 1), generator=generator)
+    mask = (torch.rand(most, length, generator=generator) > 0.1).float()
+    consumed = 0
+    for _ in range(steps):
+        size = schedule.global_batch_size(consumed)
+        yield {
+            "tokens": ids[:size, :-1],
+            "labels": ids[:size, 1:],
+            "loss_mask": mask[:size],
+            "position_ids": torch.arange(length).expand(size, -1),
+        }
+        consumed += size
+
+
+def micro_batches(batch, layout, size):
+    """Return the micro-batches of one data-parallel rank, in order."""
+    samples = len(batch["tokens"])
+    starts = range(layout.dp_rank * size, samples, size * layout.dp)
+    return [{k: v[s : s + size].contiguous() for k, v in batch.items()} for s in starts]
+
+
+def train(overrides, steps):
+    """Train on this rank.
+
+    Returns:
+        A mapping: ``losses`` and ``norms`` (gradients, before clipping) a step, ``scales`` of the
+        loss, ``parameters_norm`` at the end, and the sums of the parameters that tensor-parallel
+        ranks hold alike as ``replicated``.
+    """
+    engine = Engine.from_config(tiny_config(*overrides))
+    losses, norms, scales = [], [], []
+    size = engine.config.train.micro_batch_size
+    for batch in global_batches(engine.config, steps):
+        losses.append(
+            float(engine.forward_backward(micro_batches(batch, engine.layout, size)).loss)
+        )
+        outcome = engine.optimizer_step()
+        norms.append(outcome.grad_norm)
+        scales.append(outcome.loss_scale)
+    replicated = {
+        name: parameter.detach().double().sum().item()
+        for chunk in engine.model
+        for name, parameter in chunk.named_parameters()
+        if not getattr(parameter, "tensor_model_parallel", False)
+    }
+    norm = engine.parameters_norm()
+    engine.close()
+    return {
+        "losses": losses,
+        "norms": norms,
+        "scales": scales,
+        "parameters_norm": norm,
+        "replicated": replicated,
+    }
+
+
+def train_all(cases, steps):
+    """Train once with each of *cases*, one after the other in the same processes."""
+    results = []
+    for overrides in cases:
+        try:
+            results.append(train(overrides, steps))
+        except Exception as error:
+            error.add_note(f"while training with {' '.join(overrides)}")
+            raise
+    return results
+
+
+def train_guarded(cases, steps):
+    """Do what :func:`train_all` does; a case that fails gives its error as a text."""
+    results = []
+    for overrides in cases:
+        try:
+            results.append(train(overrides, steps))
+        except Exception as error:
+            results.append(f"{type(error).__name__}: {error}")
+            shutdown()
+    return results

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short rows of the mode table; ``nox -s parity`` runs all of them."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+from mode_report import measure
+from mode_rows import BASE, TABLE, Row
+
+SHORT = [row for row in TABLE if row.short]
+MASKS = ("model.attention_dropout=0.2", "model.hidden_dropout=0.2")
+# With dropout on the attention, whose masks differ between ranks; no run on one rank is like it.
+DRIFT = {
+    "TP2": (*BASE, "model.tensor_model_parallel_size=2", *MASKS),
+    "TP2 + SP": (
+        *BASE,
+        "model.tensor_model_parallel_size=2",
+        "model.sequence_parallel=true",
+        *MASKS,
+    ),
+}
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def measured():
+    outcomes, seen = measure(SHORT, others=[(2, case) for case in DRIFT.values()], timeout_s=280)
+    return {outcome.row.name: outcome for outcome in outcomes}, seen
+
+
+@pytest.mark.parametrize("name", [row.name for row in SHORT])
+def test_a_mode_gives_the_losses_of_one_rank(measured, name):
+    outcome = measured[0][name]
+    assert outcome.complaint() == ""
+
+
+@pytest.mark.parametrize("name", DRIFT)
+def test_what_tensor_parallel_ranks_share_stays_the_same_on_them(measured, name):
+    """The replicated norms must not drift."""
+    seen = measured[1]
+    first, second = seen[2, DRIFT[name]]
+    assert first["replicated"] == second["replicated"]
+    assert first["losses"] == second["losses"]
+    plain = seen[1, BASE][0]["losses"]
+    assert abs(first["losses"][5] - plain[5]) > 1e-3, "dropout must have been on"
+
+
+def test_a_complaint_names_what_is_wrong(measured):
+    """Two different models are not within any bound: what compares them can fail."""
+    from mode_report import difference
+
+    seen = measured[1]
+    (one,) = seen[1, BASE]
+    other = next(ranks for key, ranks in seen.items() if key[0] == 1 and key[1] != BASE)
+    assert not difference(other, one).within(SHORT[0].bound)
+    assert difference([one], one).within(Row(name="", kind="", ranks=1).bound)
+    broken = {**one, "losses": [*one["losses"][:-1], float("nan")]}
+    assert not difference([broken], one).within(SHORT[0].bound)
+
+
+def test_the_table_names_each_mode_once_and_covers_every_kind():
+    names = collections.Counter(row.name for row in TABLE)
+    assert max(names.values()) == 1
+    assert len(TABLE) >= 40
+    assert {row.kind for row in TABLE} == {row.kind for row in SHORT}
+    assert {1, 2, 4} == {row.ranks for row in TABLE}
