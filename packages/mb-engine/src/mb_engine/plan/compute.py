@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
-
-import attrs
 
 from mb_engine.model.flops import flops_per_token, forward_flops_per_token
 from mb_engine.plan.layout import expert_layers, is_last_chunk, layers_of_chunk
@@ -47,24 +46,10 @@ def forward_flops_by_stage(model: ModelConfig, degrees: Degrees) -> list[float]:
     return stages
 
 
-def attention_score_flops(model: ModelConfig) -> float:
-    """Return the forward operations of one token in the products of scores and values of a layer.
-
-    They are what recomputing ``core_attn`` repeats.
-    """
-    whole = forward_flops_per_token(_with_layers(model, [False]))
-    # With one token a sequence a query sees one key.
-    short = attrs.evolve(_with_layers(model, [False]), seq_length=1, window_size=None)
-    one_key = 4.0 * model.num_attention_heads * (model.kv_channels or 0)
-    return whole - (forward_flops_per_token(short) - one_key)
-
-
 def _with_layers(model: ModelConfig, kinds: list[bool]) -> ModelConfig:
     """Return *model* with these layers alone, and the output layer."""
-    return attrs.evolve(
-        model,
-        num_layers=len(kinds),
-        moe_layer_freq=[int(kind) for kind in kinds],
-        cp_comm_type=None,
-        window_attn_skip_freq=None,
-    )
+    changed = copy.copy(model)
+    changed.moe_layer_freq = [int(kind) for kind in kinds]
+    changed.num_layers = len(kinds)
+    changed.cp_comm_type = changed.window_attn_skip_freq = None
+    return changed

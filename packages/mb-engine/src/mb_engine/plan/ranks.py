@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _BYTE_TOKENS = 257
 _FORWARD_AND_BACKWARD = 3
+_FULL = 4
 
 
 @frozen(kw_only=True)
@@ -141,9 +142,7 @@ def plan_resolved(config: ConfigContainer, *, gpu: Gpu | None) -> Plan:
     """Return the plan of a configuration that is resolved and known to be modelled."""
     degrees = Degrees.from_config(config)
     device: DeviceType = "cpu" if config.dist.device == "cpu" and gpu is None else "cuda"
-    spec = config.model.layer_spec
-    if spec == "auto":
-        spec = "te" if device == "cuda" else "torch"
+    spec = layer_spec(config, device)
     return Plan(
         config=config,
         degrees=degrees,
@@ -154,6 +153,13 @@ def plan_resolved(config: ConfigContainer, *, gpu: Gpu | None) -> Plan:
         bubble_fraction=bubble_fraction(degrees, config.train.num_microbatches or 1),
         model_flops=flops_per_step(config),
     )
+
+
+def layer_spec(config: ConfigContainer, device: DeviceType) -> str:
+    """Return the layer spec whose tensors count; ``auto`` is te on CUDA, as where it is installed."""
+    if config.model.layer_spec != "auto":
+        return config.model.layer_spec
+    return "te" if device == "cuda" else "torch"
 
 
 def with_vocabulary(config: ConfigContainer) -> ConfigContainer:
@@ -194,17 +200,12 @@ def _groups(
     forward = forward_flops_by_stage(config.model, degrees)
     counts = layers_per_stage(config.model)
     sizes = Sizes.from_config(config, degrees)
-    tokens = sizes.tokens * (config.train.num_microbatches or 1)
+    count = config.train.num_microbatches or 1
+    tokens = sizes.tokens * count
     found = []
     for (pp_rank, memory), ranks in members.items():
         state, chunks, traffic = stages[pp_rank]
-        schedule = passes(
-            degrees,
-            pp_rank=pp_rank,
-            num_microbatches=config.train.num_microbatches or 1,
-            extra_warmup=int(config.comm_overlap.overlap_moe_expert_parallel_comm),
-        )
-        activations = activation_peak(chunks, schedule)
+        activations = stage_activations(config, degrees, chunks, pp_rank)
         found.append(
             RankPlan(
                 ranks=tuple(ranks),
@@ -227,11 +228,32 @@ def _stage(
     config: ConfigContainer, degrees: Degrees, *, pp_rank: int, spec: str, device: DeviceType
 ) -> tuple[StageState, list[ChunkActivations], tuple[Traffic, ...]]:
     state = stage_state(config, degrees, pp_rank=pp_rank, spec=spec)
-    chunks = [
+    chunks = stage_chunks(config, degrees, pp_rank, spec, device)
+    return state, chunks, step_traffic(config, degrees, state, pp_rank=pp_rank, spec=spec)
+
+
+def stage_chunks(
+    config: ConfigContainer, degrees: Degrees, pp_rank: int, spec: str, device: DeviceType
+) -> list[ChunkActivations]:
+    """Return what one micro-batch keeps in each model chunk of a stage."""
+    return [
         chunk_activations(config, degrees, pp_rank=pp_rank, chunk=chunk, spec=spec, device=device)
         for chunk in range(degrees.vpp)
     ]
-    return state, chunks, step_traffic(config, degrees, state, pp_rank=pp_rank, spec=spec)
+
+
+def stage_activations(
+    config: ConfigContainer, degrees: Degrees, chunks: list[ChunkActivations], pp_rank: int
+) -> float:
+    """Return the most bytes of activations that a rank of a stage holds at once."""
+    schedule = passes(
+        degrees,
+        pp_rank=pp_rank,
+        # By then the pipeline is full and repeats itself.
+        num_microbatches=min(config.train.num_microbatches or 1, _FULL * degrees.pp),
+        extra_warmup=int(config.comm_overlap.overlap_moe_expert_parallel_comm),
+    )
+    return activation_peak(chunks, schedule)
 
 
 def _sum_parts(chunks: list[ChunkActivations]) -> dict[str, float]:
