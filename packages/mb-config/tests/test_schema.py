@@ -69,7 +69,7 @@ def test_it_has_types_choices_ranges_defaults_and_descriptions():
         "description": "Decay of the first moment.",
         "default": 0.9,
     }
-    assert fields["optimizer"]["enum"] == ["adam", "sgd"]
+    assert fields["optimizer"]["enum"] == ["adam", "sgd", "muon"]
 
 
 def test_derived_fields_are_read_only():

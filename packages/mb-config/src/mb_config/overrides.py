@@ -111,14 +111,13 @@ def _section_data(config: ConfigContainer, name: str, override: str) -> dict[str
 
 
 def _named(name: str, value: str, override: str) -> dict[str, Any]:
-    from mb_config.sections.precision import PRECISIONS
+    from mb_config.precisions import fields_of, find_precision, precision_names
 
-    found = PRECISIONS.get(value.replace("-", "_"))
+    found = find_precision(value)
     if found is None:
-        raise _refused(
-            override, name, value, f"unknown name {value!r}", did_you_mean(value, PRECISIONS)
-        )
-    return dict(found)
+        near = did_you_mean(value, precision_names())
+        raise _refused(override, name, value, f"unknown name {value!r}", near)
+    return fields_of(found)
 
 
 def _place(data: dict[str, Any], parts: list[str], value: Any) -> None:

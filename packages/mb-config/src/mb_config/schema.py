@@ -14,8 +14,8 @@ import attrs
 from mb_config import convert, plugins
 from mb_config._types import hints, is_union
 from mb_config.container import ConfigContainer
+from mb_config.precisions import precision_names
 from mb_config.provenance import default_of
-from mb_config.sections.precision import PRECISIONS
 
 _SCALARS: dict[Any, dict[str, Any]] = {
     int: {"type": "integer"},
@@ -33,7 +33,7 @@ def build() -> dict[str, Any]:
     """Return the JSON Schema that ``mb_config.json_schema`` promises."""
     definitions: dict[str, Any] = {}
     root = _object(ConfigContainer, definitions)
-    names = sorted(PRECISIONS)
+    names = sorted(precision_names())
     mixed = root["properties"]["mixed_precision"]["anyOf"]
     mixed[0] = {"enum": names + [n.replace("_", "-") for n in names if "_" in n]}
     return {

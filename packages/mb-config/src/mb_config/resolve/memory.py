@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recomputation, offloading, CUDA graphs and overlap: what goes together."""
+"""Recomputation, offloading and CUDA graphs: what goes together."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def resolve(draft: Draft) -> None:
     _recompute(draft)
     _offload_activations(draft)
     _offload_optimizer(draft)
+    _compile(draft)
     if draft.config.cuda_graph.cuda_graph_impl != "none":
         _cuda_graph(draft)
     else:
@@ -23,7 +24,6 @@ def resolve(draft: Draft) -> None:
             "has no effect with cuda_graph_impl=none",
             "set cuda_graph.cuda_graph_impl",
         )
-    _tensor_overlap(draft)
 
 
 def _recompute(draft: Draft) -> None:
@@ -60,6 +60,7 @@ def _recompute(draft: Draft) -> None:
     )
     _recompute_layers(draft)
     _recompute_modules(draft)
+    _recompute_in_fp8(draft)
 
 
 def _recompute_layers(draft: Draft) -> None:
@@ -109,6 +110,19 @@ def _recompute_modules(draft: Draft) -> None:
         "recompute.recompute_modules",
         "shared_experts excludes moe_shared_expert_overlap",
         "set model.moe_shared_expert_overlap=false",
+    )
+
+
+def _recompute_in_fp8(draft: Draft) -> None:
+    mixed = draft.config.mixed_precision
+    modules = set(draft.config.recompute.recompute_modules or [])
+    delayed = getattr(mixed, "fp8", None) and getattr(mixed, "fp8_recipe", None) == "delayed"
+    draft.require(
+        not delayed or not {"layernorm", "moe_act"} & modules,
+        "recompute.recompute_modules",
+        "layernorm and moe_act are not recomputed with delayed scaling, whose history would see"
+        " each value twice",
+        "leave them out, or use bf16_with_fp8_current_scaling_mixed",
     )
 
 
@@ -189,6 +203,54 @@ def _offload_optimizer(draft: Draft) -> None:
     )
 
 
+def _whole_iteration(draft: Draft) -> None:
+    """Refuse what changes between steps: a graph replays the numbers and shapes it was made of."""
+    config = draft.config
+    at = "cuda_graph.cuda_graph_scope"
+    draft.require(
+        config.cuda_graph.cuda_graph_scope == ["full_iteration"],
+        at,
+        "full_iteration holds everything else",
+        f"set {at}=[full_iteration]",
+    )
+    draft.require(
+        not config.model.fp16 or config.optimizer.loss_scale is not None,
+        at,
+        "full_iteration would keep the loss scale of the step it was captured in",
+        "use bf16_mixed, or give optimizer.loss_scale",
+    )
+    draft.require(
+        config.train.rampup_batch_size is None,
+        at,
+        "full_iteration keeps the number of micro-batches, which rampup_batch_size changes",
+        "leave train.rampup_batch_size out",
+    )
+    draft.require(
+        not config.train.decrease_batch_size_if_needed,
+        at,
+        "full_iteration keeps the number of micro-batches",
+        "set train.decrease_batch_size_if_needed=false",
+    )
+
+
+def _compile(draft: Draft) -> None:
+    model = draft.config.model
+    if not model.torch_compile:
+        return
+    draft.require(
+        model.layer_spec != "te",
+        "model.torch_compile",
+        "has nothing to compile in Transformer Engine's layers, which are kernels already",
+        "leave it out, or set model.layer_spec=torch",
+    )
+    draft.require(
+        draft.config.dist.device != "cpu",
+        "model.torch_compile",
+        "needs CUDA: on a CPU starting a compiler costs more than it wins",
+        "leave it out",
+    )
+
+
 def _cuda_graph(draft: Draft) -> None:
     graph, config = draft.config.cuda_graph, draft.config
     scope, at = graph.cuda_graph_scope or [], "cuda_graph.cuda_graph_scope"
@@ -225,6 +287,15 @@ def _cuda_graph(draft: Draft) -> None:
         "cannot look at gradients inside a full-iteration graph",
         "set ddp.check_for_nan_in_grad=false",
     )
+    if full:
+        _whole_iteration(draft)
+    draft.require(
+        not config.comm_overlap.overlap_moe_expert_parallel_comm
+        or (graph.cuda_graph_impl == "transformer_engine" and not {"moe", "mlp"} & set(scope)),
+        impl,
+        "overlap_moe_expert_parallel_comm goes with graphs of Transformer Engine without moe, mlp",
+        f"set {impl}=none",
+    )
     draft.require(
         config.recompute.recompute_granularity != "full" or scope == ["full_iteration"],
         at,
@@ -248,31 +319,4 @@ def _cuda_graph(draft: Draft) -> None:
         at,
         "moe and moe_router need experts",
         "leave them out",
-    )
-
-
-def _tensor_overlap(draft: Draft) -> None:
-    overlap, model = draft.config.comm_overlap, draft.config.model
-    if overlap.tp_comm_overlap:
-        draft.require(
-            model.tensor_model_parallel_size > 1
-            and model.sequence_parallel
-            and model.layer_spec != "torch"
-            and draft.config.dist.device != "cpu",
-            "comm_overlap.tp_comm_overlap",
-            "needs CUDA, Transformer Engine layers, tensor and sequence parallelism",
-            "set model.sequence_parallel=true and model.layer_spec=te, or leave it out",
-        )
-    if overlap.defer_embedding_wgrad_compute:
-        draft.require(
-            model.pipeline_model_parallel_size > 1 and model.gradient_accumulation_fusion,
-            "comm_overlap.defer_embedding_wgrad_compute",
-            "needs pipeline parallelism and gradient_accumulation_fusion",
-            "set both, or leave it out",
-        )
-    draft.require(
-        not overlap.delay_wgrad_compute or overlap.overlap_moe_expert_parallel_comm,
-        "comm_overlap.delay_wgrad_compute",
-        "needs overlap_moe_expert_parallel_comm",
-        "set it, or leave this out",
     )

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mb_config.resolve import overlap
+
 if TYPE_CHECKING:
     from mb_config.resolve.draft import Draft
 
 
 def resolve(draft: Draft) -> None:
     """Make shared flags agree and check them."""
-    for name in ("use_distributed_optimizer", "overlap_param_gather"):
-        _share(draft, name)
-    _overlap(draft)
+    _share(draft, "use_distributed_optimizer")
+    overlap.resolve_data_parallel(draft)
+    _share(draft, "overlap_param_gather")
+    overlap.check_data_parallel(draft)
     _distributed(draft)
+    _muon(draft)
+    _overrides(draft)
     _precision_aware(draft)
     _data_parallel(draft)
 
@@ -36,39 +41,6 @@ def _share(draft: Draft, name: str) -> None:
             f"must equal optimizer.{name}={ours}",
             "leave one of the two out",
         )
-
-
-def _overlap(draft: Draft) -> None:
-    ddp, optimizer = draft.config.ddp, draft.config.optimizer
-    if ddp.overlap_param_gather:
-        draft.require(
-            ddp.use_distributed_optimizer,
-            "ddp.overlap_param_gather",
-            "needs use_distributed_optimizer",
-            "set ddp.use_distributed_optimizer=true",
-        )
-        draft.require(
-            ddp.overlap_grad_reduce,
-            "ddp.overlap_param_gather",
-            "needs overlap_grad_reduce",
-            "set ddp.overlap_grad_reduce=true",
-        )
-    draft.require(
-        not ddp.align_param_gather or ddp.overlap_param_gather,
-        "ddp.align_param_gather",
-        "needs overlap_param_gather",
-        "set ddp.overlap_param_gather=true, or leave it out",
-    )
-    draft.require(
-        not optimizer.overlap_param_gather_with_optimizer_step
-        or (
-            optimizer.overlap_param_gather
-            and draft.config.model.virtual_pipeline_model_parallel_size is not None
-        ),
-        "optimizer.overlap_param_gather_with_optimizer_step",
-        "needs overlap_param_gather and virtual pipeline stages",
-        "set both, or leave it out",
-    )
 
 
 def _distributed(draft: Draft) -> None:
@@ -94,6 +66,52 @@ def _distributed(draft: Draft) -> None:
         f"must divide the data-parallel size {dp}",
         "choose a divisor",
     )
+
+
+def _muon(draft: Draft) -> None:
+    model, optimizer = draft.config.model, draft.config.optimizer
+    if optimizer.optimizer != "muon":
+        plain = type(optimizer)()
+        for name in (
+            "muon_momentum",
+            "muon_nesterov",
+            "muon_split_qkv",
+            "muon_scale_mode",
+            "muon_num_ns_steps",
+            "muon_tp_mode",
+            "muon_extra_scale_factor",
+        ):
+            draft.require(
+                getattr(optimizer, name) == getattr(plain, name),
+                f"optimizer.{name}",
+                f"has no effect with optimizer={optimizer.optimizer}",
+                "leave it out, or set optimizer.optimizer=muon",
+            )
+        return
+    at = "optimizer.optimizer"
+    draft.require(
+        not model.fp16, at, "muon does not scale the loss, as fp16 needs", "use bf16_mixed"
+    )
+    draft.require(
+        not draft.config.offload.optimizer_cpu_offload,
+        "offload.optimizer_cpu_offload",
+        "is for adam alone",
+        "set it to false, or optimizer.optimizer=adam",
+    )
+
+
+_OVERRIDABLE = ("max_lr", "min_lr", "start_wd", "end_wd", "wd_mult", "lr_mult")
+
+
+def _overrides(draft: Draft) -> None:
+    for pattern, values in draft.config.optimizer.overrides.items():
+        unknown = sorted(set(values) - set(_OVERRIDABLE))
+        draft.require(
+            not unknown,
+            "optimizer.overrides",
+            f"{pattern!r} sets {', '.join(unknown)}, which parameters cannot have of their own",
+            f"use {', '.join(_OVERRIDABLE)}",
+        )
 
 
 def _precision_aware(draft: Draft) -> None:

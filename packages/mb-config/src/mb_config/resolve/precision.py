@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mb_config.sections.precision import PRECISIONS, MixedPrecisionConfig
+from mb_config.precisions import find_precision, precision_names
+from mb_config.sections.precision import MixedPrecisionConfig
 from mb_config.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -16,14 +17,13 @@ def resolve(draft: Draft) -> None:
     """Turn a name into a section and hand its values to model, optimizer and ddp."""
     name = draft.config.mixed_precision
     if isinstance(name, str):
-        known = PRECISIONS.get(name.replace("-", "_"))
-        if known is None:
-            names = ", ".join(PRECISIONS)
-            near = did_you_mean(name.replace("-", "_"), PRECISIONS)
+        made = find_precision(name)
+        if made is None:
+            names = precision_names()
+            near = did_you_mean(name.replace("-", "_"), names)
             remedy = near if near.startswith("did") else "choose one of them"
-            draft.deny("mixed_precision", f"must be one of {names}", remedy)
+            draft.deny("mixed_precision", f"must be one of {', '.join(names)}", remedy)
             return
-        made = MixedPrecisionConfig(**known)
         draft.derive("mixed_precision", made, f"the name {name!r}")
     _dtypes(draft)
     _optimizer(draft)

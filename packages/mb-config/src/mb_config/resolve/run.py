@@ -19,6 +19,7 @@ from mb_config.resolve import (
     memory,
     optimizer,
     outputs,
+    overlap,
     parallel,
     precision,
     schedules,
@@ -56,6 +57,7 @@ def finalize(config: ConfigContainer, world_size: int) -> ConfigContainer:
     schedules.resolve(draft, ramp)
     data.resolve(draft)
     memory.resolve(draft)
+    overlap.resolve(draft)
     outputs.resolve(draft)
     if draft.violations:
         raise ConfigError.from_violations(_in_order(draft))

@@ -44,16 +44,19 @@ class DistributedDataParallelConfig:
     Attributes:
         grad_reduce_in_fp32: Accumulate and reduce gradients in float32; null means as
             mixed_precision says, else off.
-        overlap_grad_reduce: Reduce gradients while the backward pass runs.
+        overlap_grad_reduce: Reduce gradients while the backward pass runs; null means on where
+            the distributed optimizer shares states among ranks with GPUs.
         overlap_param_gather: Gather parameters while the forward pass runs; null means as
-            optimizer.overlap_param_gather, else off.
-        align_param_gather: Start the gathers of all pipeline stages together.
+            optimizer.overlap_param_gather, else on with an overlap_grad_reduce that is null.
+        align_param_gather: Start the gathers of all pipeline stages together; null means on where
+            gathers overlap and stages are interleaved.
         use_distributed_optimizer: Share optimizer states among data-parallel ranks; null means as
             optimizer.use_distributed_optimizer, else off.
         num_distributed_optimizer_instances: Copies of the distributed optimizer's states.
         check_for_nan_in_grad: Stop with an error when a gradient is not finite.
         check_for_large_grads: Stop with an error when a gradient is unusually large.
-        bucket_size: Parameters of one communication bucket; null lets megatron-core choose.
+        bucket_size: Parameters of one communication bucket of what overlaps; null means the
+            larger of 40 million and 1 million for each data-parallel rank.
         pad_buckets_for_high_nccl_busbw: Pad buckets to a multiple of 2^16.
         average_in_collective: Average in the collective instead of scaling before.
         fp8_param_gather: Gather parameters in FP8; null means as mixed_precision says, else off.
@@ -69,9 +72,9 @@ class DistributedDataParallelConfig:
     """
 
     grad_reduce_in_fp32: bool | None = None
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool | None = None
     overlap_param_gather: bool | None = None
-    align_param_gather: bool = False
+    align_param_gather: bool | None = None
     use_distributed_optimizer: bool | None = None
     num_distributed_optimizer_instances: int = number(1, ge=1)
     check_for_nan_in_grad: bool = False

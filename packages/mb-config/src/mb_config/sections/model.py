@@ -60,6 +60,7 @@ class ModelConfig:
         attention_softmax_in_fp32: Compute unfused attention softmax in float32.
         attention_backend: Which attention kernel; auto lets the layer decide.
         layer_spec: torch needs no Transformer Engine; auto takes te where it is installed on CUDA.
+        torch_compile: Compile what the torch layers compute between matrix products (CUDA).
         deterministic_mode: Only deterministic kernels; slower.
         calculate_per_token_loss: Divide by all tokens of a step, so that how a batch is split over
             micro-batches and ranks does not weigh tokens differently.
@@ -176,6 +177,7 @@ class ModelConfig:
     moe_permute_fusion: bool = False
     moe_shared_expert_intermediate_size: int | None = number(None, ge=1)
     moe_shared_expert_overlap: bool = False
+    torch_compile: bool = False
     moe_expert_capacity_factor: float | None = number(None, gt=0)
     moe_layer_freq: int | list[int] = field(default=1, metadata=within(ge=0))
 

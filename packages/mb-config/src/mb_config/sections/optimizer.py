@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from attrs import define
+from attrs import define, field
 
 from mb_config._fields import number
 from mb_config._types import check_all, checked, concise
@@ -14,13 +14,14 @@ from mb_config.sections.model import DTypeName
 
 @define(kw_only=True, on_setattr=checked)
 class OptimizerConfig:
-    """Adam or SGD, with names as in megatron-core's ``OptimizerConfig``.
+    """Adam, SGD or Muon, with names as in megatron-core's ``OptimizerConfig``.
 
     adam_beta2 is 0.95, the usual value for language models (Touvron et al. 2023, arXiv:2302.13971),
-    not megatron-core's 0.999.
+    not megatron-core's 0.999. Muon (Jordan et al. 2024) takes the matrices of the layers, and Adam
+    the embeddings, the output layer, biases and norms.
 
     Attributes:
-        optimizer: Which optimizer.
+        optimizer: Which optimizer; muon needs megatron-core 0.19 and emerging-optimizers.
         lr: Largest learning rate.
         min_lr: Smallest learning rate, reached at the end of the decay.
         weight_decay: Coefficient of weight decay.
@@ -29,6 +30,16 @@ class OptimizerConfig:
         adam_eps: Added to the root of the second moment.
         decoupled_weight_decay: AdamW; false adds the decay to the gradient.
         sgd_momentum: Momentum of SGD.
+        muon_momentum: Momentum of Muon.
+        muon_nesterov: Nesterov's momentum in Muon.
+        muon_split_qkv: Orthogonalize queries, keys and values apart.
+        muon_scale_mode: How Muon's update is scaled to the shape of a matrix.
+        muon_num_ns_steps: Newton-Schulz steps of one orthogonalization.
+        muon_tp_mode: Whether tensor-parallel ranks orthogonalize their block alone, the gathered
+            matrix each, or the matrix together.
+        muon_extra_scale_factor: Multiplies Muon's update.
+        overrides: For parameters whose name matches a pattern such as ``*.bias`` as a shell would,
+            values of their own: max_lr, min_lr, start_wd, end_wd, wd_mult, lr_mult.
         clip_grad: Largest global gradient norm; 0 does not clip.
         use_distributed_optimizer: Share optimizer states among data-parallel ranks; null means as
             ddp.use_distributed_optimizer, else off.
@@ -51,7 +62,7 @@ class OptimizerConfig:
         params_dtype: Derived from model.params_dtype if null.
     """
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "muon"] = "adam"
     lr: float = number(3e-4, ge=0)
     min_lr: float = number(0.0, ge=0)
     weight_decay: float = number(0.01, ge=0)
@@ -60,6 +71,14 @@ class OptimizerConfig:
     adam_eps: float = number(1e-8, gt=0)
     decoupled_weight_decay: bool = True
     sgd_momentum: float = number(0.9, ge=0, lt=1)
+    muon_momentum: float = number(0.95, ge=0, lt=1)
+    muon_nesterov: bool = False
+    muon_split_qkv: bool = True
+    muon_scale_mode: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    muon_num_ns_steps: int = number(5, ge=1)
+    muon_tp_mode: Literal["blockwise", "duplicated", "distributed"] = "blockwise"
+    muon_extra_scale_factor: float = number(1.0, gt=0)
+    overrides: dict[str, dict[str, float]] = field(factory=dict)
     clip_grad: float = number(1.0, ge=0)
     use_distributed_optimizer: bool | None = None
     overlap_param_gather: bool | None = None

@@ -17,6 +17,8 @@ class CommOverlapConfig:
 
     Attributes:
         tp_comm_overlap: Overlap tensor-parallel communication with GEMMs (TE, sequence parallel).
+        tp_comm_overlap_cfg: Settings of user buffers by GEMM, such as ``qkv_fprop``, as Transformer
+            Engine takes them; null means its own.
         tp_comm_bootstrap_backend: Backend that sets the user buffers up.
         tp_comm_overlap_rs_dgrad: Overlap the reduce-scatter of activation gradients.
         overlap_p2p_comm: Overlap pipeline sends and receives; null means on with virtual stages.
@@ -29,6 +31,7 @@ class CommOverlapConfig:
     """
 
     tp_comm_overlap: bool = False
+    tp_comm_overlap_cfg: dict[str, dict[str, int | bool | str]] | None = None
     tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = "nccl"
     tp_comm_overlap_rs_dgrad: bool = False
     overlap_p2p_comm: bool | None = None
