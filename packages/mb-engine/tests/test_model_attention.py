@@ -63,7 +63,7 @@ CASES = {
     "own scale": ([], {"softmax_scale": 0.7}, 2, CAUSAL, 0.7),
     "window": (["model.window_size=[3, 0]"], {}, 2, CAUSAL & (DISTANCE <= 3), 0.25),
     "window, this layer without": (
-        ["model.window_size=[3, 0]", "model.megatron.window_attn_skip_freq=2"],
+        ["model.window_size=[3, 0]", "model.window_attn_skip_freq=2"],
         {"layer_number": 2},
         2,
         CAUSAL,
@@ -78,6 +78,8 @@ CASES = {
         0.25,
     ),
     "unfused kernel": (["model.attention_backend=unfused"], {}, 2, CAUSAL, 0.25),
+    "local kernel": (["model.attention_backend=local"], {}, 2, CAUSAL, 0.25),
+    "flash kernel": (["model.attention_backend=flash"], {}, 2, CAUSAL, 0.25),
 }
 
 
@@ -143,11 +145,15 @@ def test_dropout_is_off_in_evaluation():
 
 def test_what_it_cannot_compute_is_refused_in_one_line():
     q, k, v = inputs()
-    with pytest.raises(
-        EngineError, match=r"no kernel for packed_seq_params; use model\.layer_spec=te"
-    ):
+    with pytest.raises(EngineError, match=r"packed_seq_params from PackedSequences.*not object"):
         attention()(q, k, v, packed_seq_params=object())
     with pytest.raises(EngineError, match="no kernel for attention_bias"):
         attention()(q, k, v, attention_bias=torch.zeros(1))
-    with pytest.raises(EngineError, match=r"softmax_type=off-by-one.*vanilla"):
+    with pytest.raises(EngineError, match=r"vanilla softmax only.*softmax_type=off-by-one"):
         attention("model.megatron.softmax_type=off-by-one")
+    with pytest.raises(EngineError, match=r"attention_backend=fused: torch has no such kernel on"):
+        attention("model.attention_backend=fused")(q, k, v)
+    with pytest.raises(EngineError, match=r"=flash: .* attention_dropout=0.5.*backend=auto"):
+        attention("model.attention_backend=flash", "model.attention_dropout=0.5")(q, k, v)
+    with pytest.raises(EngineError, match=r"attn_logit_softcapping has no kernel for attention_ba"):
+        attention("model.attention_backend=flash", "model.attn_logit_softcapping=2.0")(q, k, v)

@@ -177,7 +177,7 @@ class TestCrossEntropy:
 
 class TestRotation:
     def test_turns_pairs_of_halves_by_the_angle_of_their_position(self):
-        from mb_engine.model.rotary import split_and_rotate
+        from mb_engine.model.rotary import rotary_table, split_and_rotate
 
         seq, batch, groups, queries, width = 5, 3, 2, 3, 8
         generator = torch.Generator().manual_seed(2)
@@ -199,7 +199,8 @@ class TestRotation:
             exact(parts[..., queries, :]),
             parts[..., queries + 1, :],
         )
-        found = split_and_rotate(mixed, angles, groups=groups, width=width)
+        table = rotary_table(angles, torch.float64)
+        found = split_and_rotate(mixed, *table, groups=groups, width=width)
         loss = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in wanted]
         for got, expected in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)

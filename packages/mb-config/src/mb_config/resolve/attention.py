@@ -92,4 +92,4 @@ def _exchange(draft: Draft) -> None:
         why = f"a ring has no kernel for window_size={model.window_size}"
     elif dropped:
         why = f"a ring does not drop, attention_dropout={model.attention_dropout}"
-    draft.fill("model.cp_comm_type", "all_gather", why)
+    draft.fill("model.cp_comm_type", "all_gather" if windowed or dropped else "p2p", why)

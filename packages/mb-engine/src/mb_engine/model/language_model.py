@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron.core.models.gpt import GPTModel
 
 from mb_engine.model.cross_entropy import token_cross_entropy
-from mb_engine.model.linears import ColumnLinear
+from mb_engine.model.linears import CappedColumnLinear, ColumnLinear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,8 @@ class TorchGPTModel(GPTModel):  # type: ignore[misc]
 
 def _with_weight_of(layer: Any, model: TorchGPTModel) -> ColumnLinear:
     """Return an output layer of this package with the weight of *layer*, if that has one."""
-    replacement = ColumnLinear(
+    capped = getattr(layer.config, "final_logit_softcapping", None) is not None
+    replacement = (CappedColumnLinear if capped else ColumnLinear)(
         layer.input_size,
         layer.output_size,
         config=layer.config,

@@ -46,6 +46,30 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
         return functional.linear(input_, matrix, self.bias), None
 
 
+class CappedColumnLinear(ColumnLinear):
+    """``cap * tanh((x @ weight.T) / cap)``: logits that are bent to within a cap.
+
+    Source: Gemma 2, arXiv:2408.00118, section 2.
+    """
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the bent product; there is no bias to add.
+
+        Args:
+            input_: As :meth:`ColumnLinear.forward`.
+            weight: As :meth:`ColumnLinear.forward`.
+            runtime_gather_output: As :meth:`ColumnLinear.forward`.
+        """
+        logits, bias = super().forward(input_, weight, runtime_gather_output)
+        cap = self.config.final_logit_softcapping
+        return (logits / cap).tanh() * cap, bias
+
+
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
     """``x @ weight.T + bias`` with the columns of ``weight`` split over tensor-parallel ranks."""
 
@@ -53,6 +77,10 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         """Take what megatron-core gives to ``RowParallelLinear``."""
         super().__init__(*args, **kwargs)
         self.is_whole = _is_whole(self)
+        if self.bias is not None and self.is_expert:
+            # Its tokens come from all ranks, and so does its gradient; marked, it would be added
+            # up once more over tensor-parallel ranks.
+            self.bias.sequence_parallel = False
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the product, and the bias where the caller is to add it.
@@ -72,7 +100,6 @@ def _is_whole(linear: Any) -> bool:
     config = linear.config
     return (
         linear.tp_group.size() == 1
-        and not linear.explicit_expert_comm
         and not config.gradient_accumulation_fusion
         and not config.defer_embedding_wgrad_compute
         and not config.cpu_offloading

@@ -36,7 +36,7 @@ def rotary_table(angles_S11D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def split_and_rotate(
-    mixed: Tensor, angles_S11D: Tensor, *, groups: int, width: int
+    mixed: Tensor, cos_S111D: Tensor, sin_S111D: Tensor, *, groups: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rotated queries ``[S, B, G * R, D]``, rotated keys and values ``[S, B, G, D]``.
 
@@ -47,14 +47,14 @@ def split_and_rotate(
 
     Args:
         mixed: ``[S, B, G * (R + 2) * D]``: of each group its R queries, its key and its value.
-        angles_S11D: ``[S, 1, 1, D]``, float32; both halves of D are equal.
+        cos_S111D: From :func:`rotary_table`; ``[S, 1, 1, 1, D]``, of the dtype of *mixed*.
+        sin_S111D: The same.
         groups: G.
         width: D, even.
     """
-    cos, sin = rotary_table(angles_S11D, mixed.dtype)
     mixed_SBGXD = mixed.view(mixed.size(0), mixed.size(1), groups, -1, width)
     query, key, value = _SplitAndRotate.apply(  # type: ignore[no-untyped-call]
-        mixed_SBGXD, cos, sin
+        mixed_SBGXD, cos_S111D, sin_S111D
     )
     return query, key, value
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 
-from mb_engine.model.rotary import split_and_rotate
+from mb_engine.model.attention.packed import PackedSequences
+from mb_engine.model.rotary import rotary_table, split_and_rotate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
     """Projection to queries, keys and values, rotary positions, core attention, projection back.
 
     Same modules, parameters and result as ``SelfAttention``. Its forward pass serves inference,
-    packed sequences, offloading, recomputation and more, and computes the rotary table anew in
+    offloading, recomputation and more, and computes the rotary table anew in
     every layer; the usual training step needs none of that.
     """
 
@@ -40,6 +41,7 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
         attention_mask: Tensor | None,
         *args: Any,
         rotary_pos_emb: Any = None,
+        packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output ``[S, B, H]`` and the bias that the caller is to add, or None.
@@ -48,7 +50,9 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
             hidden_states: ``[S, B, H]``; ``[S/tp, B, H]`` under sequence parallelism.
             attention_mask: Given to the core attention.
             *args: As ``SelfAttention`` takes them.
-            rotary_pos_emb: Angles ``[S, 1, 1, D]``, or None.
+            rotary_pos_emb: Angles ``[S, 1, 1, D]``, or None; of the positions in a sample where
+                samples are packed.
+            packed_seq_params: How the row is packed, or None.
             **kwargs: As ``SelfAttention`` takes them.
         """
         width = self.hidden_size_per_attention_head
@@ -58,20 +62,39 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
             or any(value is not None for value in kwargs.values())
             or rotary_pos_emb is None
             or isinstance(rotary_pos_emb, tuple)
+            or not _is_ours(packed_seq_params)
             or rotary_pos_emb.size(-1) != width
         ):
             return super().forward(  # type: ignore[no-any-return]
-                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
             )
         mixed, _ = self.linear_qkv(hidden_states)
+        if packed_seq_params is None:
+            cos, sin = rotary_table(rotary_pos_emb, mixed.dtype)
+        else:
+            cos, sin = packed_seq_params.rotary_table(rotary_pos_emb, mixed.dtype)
         query, key, value = split_and_rotate(
-            mixed, rotary_pos_emb, groups=self.num_query_groups_per_partition, width=width
+            mixed, cos, sin, groups=self.num_query_groups_per_partition, width=width
         )
         context = self.core_attention(
-            query, key, value, attention_mask, attn_mask_type=self.attn_mask_type
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=self.attn_mask_type,
+            packed_seq_params=packed_seq_params,
         )
         output, bias = self.linear_proj(context)
         return output, bias
+
+
+def _is_ours(packed: Any) -> bool:
+    return packed is None or isinstance(packed, PackedSequences)
 
 
 _UNUSUAL = (

@@ -47,6 +47,7 @@ class TorchTransformerLayer(TransformerLayer):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         *args: Any,
         rotary_pos_emb: Any = None,
+        packed_seq_params: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         """Return the output ``[S, B, H]`` and the cross-attention context, which is None here.
@@ -56,16 +57,23 @@ class TorchTransformerLayer(TransformerLayer):  # type: ignore[misc]
             attention_mask: Given to the core attention.
             *args: As ``TransformerLayer`` takes them.
             rotary_pos_emb: Angles ``[S, 1, 1, D]``, or None.
+            packed_seq_params: How the row is packed, or None.
             **kwargs: As ``TransformerLayer`` takes them.
         """
         if not self.is_usual or args or any(value is not None for value in kwargs.values()):
             return super().forward(  # type: ignore[no-any-return]
-                hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs
+                hidden_states,
+                attention_mask,
+                *args,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
             )
         attended, bias = self.self_attention(
             self.input_layernorm(hidden_states),
             attention_mask,
             rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
         )
         hidden_states = self._onto_residual(attended, bias, hidden_states)
         transformed, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
