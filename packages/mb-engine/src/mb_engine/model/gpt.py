@@ -61,7 +61,11 @@ def transformer_config(config: ConfigContainer) -> Any:
     values["transformer_impl"] = "transformer_engine" if te else "local"
     extra = dict(model.megatron)
     _check_extra(extra, known=known)
-    return TransformerConfig(**{k: v for k, v in (values | extra).items() if k in known})
+    made = TransformerConfig(**{k: v for k, v in (values | extra).items() if k in known})
+    # Megatron-core has no such fields; the torch layers read them.
+    made.attn_logit_softcapping = model.attn_logit_softcapping
+    made.final_logit_softcapping = model.final_logit_softcapping
+    return made
 
 
 def build_model(config: ConfigContainer, layout: ProcessLayout) -> list[Any]:
