@@ -7,6 +7,7 @@ what                                    0.16.1                       0.19.2
 ``moe_utils.te_general_gemm``           undefined without TE         None without TE
 recomputed norms without TE             NameError                    NameError
 Megatron-FSDP with TP, without TE       TypeError                    goes by class names
+``fp32_residual_connection``            of the embedding alone       of every layer
 spec of the expert layer                ``ModuleSpec``               ``functools.partial``
 spec of the dense MLP                   ``ModuleSpec``               ``functools.partial``
 q and k norm of a plain attention       ``IdentityOp``               ``None``
@@ -62,6 +63,7 @@ def prepare_megatron() -> None:
         # 0.16 tests this name in the router but forgets to define it where TE is missing.
         moe_utils.te_general_gemm = None
     _do_without_te()
+    _keep_residuals_in_float32()
     _replace_what_warns_at_each_call()
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
@@ -90,6 +92,30 @@ def _do_without_te() -> None:
 
     without_fp8.without_te = True  # type: ignore[attr-defined]
     checkpoint.__init__ = without_fp8
+
+
+def _keep_residuals_in_float32() -> None:
+    """Let ``fp32_residual_connection`` have its effect in 0.16, as it has in 0.19.
+
+    There a layer's sum takes the dtype of its branch. So the residual stream has 16 bits after the
+    first layer, and a pipeline stage sends 16 bits where the next one receives 32.
+    """
+    fused: Any = importlib.import_module("megatron.core.fusions.fused_bias_dropout")
+    add = fused._bias_dropout_add_func  # noqa: SLF001
+    branch, residual = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    if add((branch, None), residual, 0.0, False).dtype == residual.dtype:
+        return
+
+    def add_in_dtype_of_residual(
+        x_with_bias: tuple[Any, Any], residual: Any, prob: float, training: bool
+    ) -> Any:
+        x, bias = x_with_bias
+        if x.dtype != residual.dtype:
+            x = x.to(residual.dtype)
+            bias = None if bias is None else bias.to(residual.dtype)
+        return add((x, bias), residual, prob, training)
+
+    fused._bias_dropout_add_func = add_in_dtype_of_residual  # noqa: SLF001
 
 
 def _without_triton() -> types.ModuleType:
