@@ -117,7 +117,8 @@ class MicroBatchRunner:
         terms = self.objective(output, batch)
         num_tokens = terms.num_tokens.int()
         sums = {_LOSS: (terms.loss_sum.detach(), num_tokens), **terms.metrics}
-        return terms.loss_sum, num_tokens, sums
+        # A copy: without calculate_per_token_loss the schedule divides it in place.
+        return terms.loss_sum.clone(), num_tokens, sums
 
     def _reduce(self, store: list[dict[str, tuple[Tensor, Tensor]]]) -> LossTerms:
         """Add up micro-batches and data-parallel ranks; hand the sums to all pipeline stages."""
