@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from mb_config import ConfigContainer
 from mb_config.errors import UserError
 
+from mb_engine.plan import command as plan_command
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--explain", metavar="FIELD", help="say where a value comes from")
     show.add_argument("--schema", action="store_true", help="print the JSON Schema for editors")
     show.set_defaults(command=_config)
+    plan_command.add_parser(commands, shared)
     return parser
 
 

@@ -181,7 +181,7 @@ def _layer_segments(
     recompute = config.recompute
     if recompute.recompute_granularity == "full":
         return _fully_recomputed(config, sizes, degrees, layers, parts)
-    modules = ()
+    modules: tuple[str, ...] = ()
     if recompute.recompute_granularity == "selective":
         modules = tuple(recompute.recompute_modules or ("core_attn",))
     segments = []

@@ -178,7 +178,7 @@ def _unread(name: str, section: Any, known: frozenset[str]) -> Iterator[Violatio
         value = getattr(section, field.name)
         default = field.default
         if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
-            default = default.factory()  # type: ignore[union-attr]
+            default = default.factory()
         if value != default and (value or default):
             yield _violation(f"{name}.{field.name}", value, "it may change sizes")
 

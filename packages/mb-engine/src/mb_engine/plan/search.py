@@ -266,7 +266,7 @@ def _state_fits(config: ConfigContainer, degrees: Degrees, gpu: Gpu) -> bool:
             else:
                 here += p.size
     kept = optimizer_bytes_per_element(config)
-    held = (here + apart) * (parameter_bytes(config) + gradient_bytes(config))
+    held: float = (here + apart) * (parameter_bytes(config) + gradient_bytes(config))
     held += kept * (here / (degrees.dp * degrees.cp) + apart / degrees.edp)
     return held <= gpu.usable_bytes
 
