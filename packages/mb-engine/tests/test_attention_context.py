@@ -184,3 +184,71 @@ def test_16_bit_rings_round_no_more_than_16_bits_do():
                 # 2**-8 is one rounding; inputs, probabilities and outputs are each rounded once.
                 bound = 4 * 2**-8 * reference.abs().max()
                 assert (part.double() - reference[rows]).abs().max() < bound
+
+
+def drop_and_recompute():
+    """Return which probabilities were dropped here, and losses with attention recomputed or not."""
+    from mb_engine import Engine
+    from mb_engine.runtime.distributed import initialize, shutdown
+    from mb_engine.runtime.seeding import seed_everything
+
+    dropping = {"groups": 8, "overrides": ["model.attention_dropout=0.5"]}
+    config = tiny_config("model.context_parallel_size=2").finalize(2)
+    layout = initialize(config)
+    seed_everything(config.rng, layout)
+    q = torch.zeros(16, 1, HEADS, WIDTH)
+    dropped = [
+        core_attention(dropping, kind)(q, q, torch.ones_like(q)) for kind in ("all_gather", "a2a")
+    ]
+    shutdown()
+    losses = []
+    for settings in (
+        ["model.cp_comm_type=p2p"],
+        ["model.cp_comm_type=all_gather", "model.attention_dropout=0.2"],
+        ["model.cp_comm_type=a2a", "model.attention_dropout=0.2", "model.hidden_dropout=0.1"],
+    ):
+        for recompute in ([], ["recompute.recompute_granularity=selective"]):
+            engine = Engine.from_config(
+                tiny_config(
+                    "model.context_parallel_size=2",
+                    "model.num_layers=2",
+                    "train.global_batch_size=2",
+                    *settings,
+                    *recompute,
+                )
+            )
+            ids = torch.randint(0, 128, (2, 33), generator=torch.Generator().manual_seed(5))
+            batch = {
+                "tokens": ids[:, :-1],
+                "labels": ids[:, 1:].contiguous(),
+                "loss_mask": torch.ones(2, 32),
+                "position_ids": torch.arange(32).expand(2, -1),
+            }
+            losses.append([])
+            for _ in range(3):
+                losses[-1].append(float(engine.forward_backward([batch]).loss))
+                losses[-1].append(engine.optimizer_step().grad_norm)
+            engine.close()
+    return dropped, losses
+
+
+@pytest.fixture(scope="module")
+def dropped_and_recomputed():
+    return run_ranks(drop_and_recompute, 2, timeout_s=240)
+
+
+@pytest.mark.parametrize("exchange", [0, 1], ids=["all_gather", "a2a"])
+def test_ranks_that_attend_for_other_tokens_drop_others(dropped_and_recomputed, exchange):
+    """Where all weights and values are equal, an output is the part kept, twice."""
+    here, there = (dropped[exchange] for dropped, _ in dropped_and_recomputed)
+    assert not torch.equal(here, there)
+    both = torch.cat([here, there])
+    assert both[3:].mean().item() == pytest.approx(1.0, abs=0.15)
+    assert both.std() > 0.05
+
+
+def test_recomputed_attention_has_the_same_gradients_and_drops_the_same(dropped_and_recomputed):
+    for _, losses in dropped_and_recomputed:
+        for kept, recomputed in zip(losses[::2], losses[1::2], strict=True):
+            assert kept == recomputed
+        assert losses[0][0] != losses[2][0], "dropout must have been on"

@@ -38,6 +38,7 @@ SHORT_ATTENTION = {
     "experts",
     "tied",
     "bfloat16",
+    "attention recomputed",
     "layers recomputed",
 }
 

@@ -19,7 +19,7 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
     """Projection to queries, keys and values, rotary positions, core attention, projection back.
 
     Same modules, parameters and result as ``SelfAttention``. Its forward pass serves inference,
-    offloading, recomputation and more, and computes the rotary table anew in
+    offloading and more, and computes the rotary table anew in
     every layer; the usual training step needs none of that.
     """
 
@@ -31,7 +31,6 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
             config.num_query_groups >= self.world_size
             and isinstance(self.q_layernorm, (IdentityOp, type(None)))
             and isinstance(self.k_layernorm, (IdentityOp, type(None)))
-            and not self.checkpoint_core_attention
             and not any(getattr(config, name, None) for name in _UNUSUAL)
         )
 
@@ -81,7 +80,9 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
         query, key, value = split_and_rotate(
             mixed, cos, sin, groups=self.num_query_groups_per_partition, width=width
         )
-        context = self.core_attention(
+        recomputed = self.checkpoint_core_attention and self.training
+        attend = self._checkpointed_attention_forward if recomputed else self.core_attention
+        context = attend(
             query,
             key,
             value,

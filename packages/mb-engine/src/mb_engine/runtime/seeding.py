@@ -26,6 +26,9 @@ _TRACKER = "megatron."
 _STAGE_STRIDE = 100
 _REPLICA_STRIDE = 10
 _NUMPY_SEEDS = 2**32
+CONTEXT_PARALLEL = "context-parallel-rng"
+"""Name of the tracker's state that differs on context- and tensor-parallel ranks."""
+_CONTEXT_OFFSET, _CONTEXT_STRIDE = 500_009, 1_009
 
 
 def rank_seed(config: RNGConfig, layout: ProcessLayout) -> int:
@@ -40,13 +43,17 @@ def seed_everything(config: RNGConfig, layout: ProcessLayout) -> None:
     """Seed every generator of this rank; megatron-core's tracker starts anew.
 
     Tensor-parallel ranks share the default state and differ in ``model-parallel-rng``; ranks that
-    hold different experts differ in ``expert-parallel-rng``.
+    hold different experts differ in ``expert-parallel-rng``, and those that attend for different
+    tokens in ``context-parallel-rng``, which is there under context parallelism.
 
     Args:
         config: The ``rng`` section.
         layout: This rank's place.
     """
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel.random import (
+        get_cuda_rng_tracker,
+        model_parallel_cuda_manual_seed,
+    )
 
     seed = rank_seed(config, layout)
     random.seed(seed)
@@ -55,6 +62,9 @@ def seed_everything(config: RNGConfig, layout: ProcessLayout) -> None:
     model_parallel_cuda_manual_seed(
         seed, te_rng_tracker=config.te_rng_tracker, force_reset_rng=True
     )
+    if layout.cp > 1:
+        place = _CONTEXT_STRIDE * layout.cp_rank + layout.tp_rank
+        get_cuda_rng_tracker().add(CONTEXT_PARALLEL, seed + _CONTEXT_OFFSET + place)
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from mb_engine.model.attention.local import attend, attend_segments
 from mb_engine.model.attention.packed import PackedSequences
 from mb_engine.model.attention.ring import ring_attention
 from mb_engine.model.attention.scoring import Scoring
+from mb_engine.runtime.seeding import CONTEXT_PARALLEL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +44,8 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
     """Softmax attention of this rank's heads; grouped queries, windows, caps, dropout, CP, packing.
 
     Under tensor parallelism a rank has N of all heads and draws dropout from the tracker's
-    model-parallel state, so that ranks drop different entries. Under context parallelism it has two
+    model-parallel state, so that ranks drop different entries; under context parallelism from a
+    state in which all these ranks differ. Under context parallelism it has two
     chunks of each sequence in zig-zag order (:mod:`mb_engine.parallel.sequence`), and keys and
     values come from the other ranks in one of three ways, ``cp_comm_type``:
 
@@ -246,10 +248,13 @@ class TorchAttention(MegatronModule):  # type: ignore[misc]
         return torch.cat(outputs).index_select(0, packed.from_halves())
 
     def _random_state(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the state of ranks that attend for other heads or tokens than others do."""
+        if not self.training or self.dropout == 0.0:
+            return _NOTHING
+        if self.cp_group is not None:
+            return get_cuda_rng_tracker().fork(CONTEXT_PARALLEL)  # type: ignore[no-any-return]
         # Under sequence parallelism the whole block is in this random state already.
-        if self.training and self.dropout > 0.0 and not self.config.sequence_parallel:
-            return get_cuda_rng_tracker().fork()  # type: ignore[no-any-return]
-        return _NOTHING
+        return _NOTHING if self.config.sequence_parallel else get_cuda_rng_tracker().fork()
 
 
 def _packed(params: Any) -> PackedSequences | None:
