@@ -422,7 +422,7 @@ VALID = [
     ["train.train_iters=null", "train.num_epochs=1.5"],
     ["train.global_batch_size=18", "train.decrease_batch_size_if_needed=true"],
     ["model.num_layers=5", PP2, "model.num_layers_in_first_pipeline_stage=2"],
-    ["model.num_layers=5", PP2, "model.megatron.account_for_embedding_in_pipeline_split=true"],
+    ["model.num_layers=5", PP2, "model.account_for_embedding_in_pipeline_split=true"],
     ["recompute={recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}"],
     ["recompute.recompute_granularity=selective", "recompute.recompute_modules=[mlp, layernorm]"],
     ["peft.rank=4", "checkpoint.pretrained_checkpoint=somewhere"],

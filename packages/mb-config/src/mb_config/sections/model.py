@@ -70,6 +70,11 @@ class ModelConfig:
             interleave.
         num_layers_in_first_pipeline_stage: Layers of the first stage if it is to differ.
         num_layers_in_last_pipeline_stage: Layers of the last stage if it is to differ.
+        account_for_embedding_in_pipeline_split: Count the embedding as a layer of the first stage.
+        account_for_loss_in_pipeline_split: Count the output layer as a layer of the last stage.
+        pipeline_model_parallel_layout: What each stage holds, such as ``"E|t*3|(t|)*3tt|m|L"``: E
+            embedding, t layer, m prediction ahead, L loss; stages end with ``|``, ``x*n`` and
+            ``(...)*n`` repeat. With more stages than ranks of a pipeline they are interleaved.
         context_parallel_size: Ranks that share each sequence (CP).
         cp_comm_type: How context parallel ranks exchange keys and values; a list names one a layer;
             null means p2p, and all_gather where that cannot be.
@@ -84,15 +89,43 @@ class ModelConfig:
         moe_router_score_function: How router logits become scores.
         moe_router_pre_softmax: Take the softmax before choosing the top experts.
         moe_router_dtype: Precision of the routing; null means that of the activations.
+        moe_router_num_groups: Groups of experts of which a token goes to few; null means no groups.
+        moe_router_group_topk: Groups of experts a token goes to.
+        moe_router_topk_scaling_factor: Multiplies the weights of the chosen experts.
+        moe_router_enable_expert_bias: Balance by a bias on the choice that follows the load of each
+            step, and changes no weight (needs moe_router_score_function sigmoid).
+        moe_router_bias_update_rate: By how much that bias moves a step.
+        moe_router_fusion: Fused routing kernels (Transformer Engine).
+        moe_input_jitter_eps: Multiply the router's input with noise from 1 - eps to 1 + eps.
         moe_aux_loss_coeff: Weight of the load balancing loss.
         moe_z_loss_coeff: Weight of the router z-loss; null means none.
         moe_token_dispatcher_type: How tokens travel to experts.
+        moe_flex_dispatcher_backend: Kernels of the flex dispatcher.
         moe_grouped_gemm: One grouped GEMM for the experts of a rank.
         moe_permute_fusion: Fused token permutation.
         moe_shared_expert_intermediate_size: Inner width of the shared expert; null means none.
         moe_shared_expert_overlap: Overlap the shared expert with the dispatch.
+        moe_shared_expert_gate: Weigh the shared expert's output by a learnt gate.
         moe_expert_capacity_factor: Tokens an expert takes before it drops some; null never drops.
+        moe_token_drop_policy: Which tokens a full expert keeps: the likeliest, or the first.
+        moe_pad_expert_input_to_capacity: Send every expert its capacity, so that sizes are fixed;
+            capacity is then counted rank by rank.
         moe_layer_freq: Every n-th layer has experts, or a list of 0 and 1 a layer.
+        multi_latent_attention: Attention over compressed keys and values (MLA) as in DeepSeek-V2.
+        q_lora_rank: MLA: width of compressed queries; null does not compress them.
+        kv_lora_rank: MLA: width of compressed keys and values.
+        qk_head_dim: MLA: width of a query and key head without positions.
+        qk_pos_emb_head_dim: MLA: width of the rotated part of a query and key head.
+        v_head_dim: MLA: width of a value head.
+        rope_type: MLA: plain rotary positions, or stretched to longer sequences by YaRN.
+        rotary_scaling_factor: MLA, yarn: by how much sequences are longer than at first.
+        original_max_position_embeddings: MLA, yarn: longest sequence of the first training.
+        beta_fast: MLA, yarn: turns within the first length above which a frequency is kept.
+        beta_slow: MLA, yarn: turns below which a frequency is stretched in full.
+        mscale: MLA, yarn: scales the rotated part.
+        mscale_all_dim: MLA, yarn: scales attention scores.
+        mtp_num_layers: Layers that predict further ahead, one token each; null means none.
+        mtp_loss_scaling_factor: Weight of the mean of their losses.
         gradient_accumulation_fusion: Add weight gradients in the GEMM (needs Apex or TE on CUDA).
         bias_activation_fusion: Fused bias and activation.
         bias_dropout_fusion: Fused bias, dropout and residual.
@@ -144,6 +177,7 @@ class ModelConfig:
     attention_softmax_in_fp32: bool = True
     attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
     layer_spec: Literal["auto", "torch", "te"] = "auto"
+    torch_compile: bool = False
     deterministic_mode: bool = False
     calculate_per_token_loss: bool = True
 
@@ -152,6 +186,9 @@ class ModelConfig:
     virtual_pipeline_model_parallel_size: int | None = number(None, ge=2)
     num_layers_in_first_pipeline_stage: int | None = number(None, ge=1)
     num_layers_in_last_pipeline_stage: int | None = number(None, ge=1)
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    pipeline_model_parallel_layout: str | None = None
     context_parallel_size: int = number(1, ge=1)
     cp_comm_type: str | list[str] | None = None
     hierarchical_context_parallel_sizes: list[int] | None = field(
@@ -170,16 +207,42 @@ class ModelConfig:
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     moe_router_pre_softmax: bool = False
     moe_router_dtype: Literal["fp32", "fp64"] | None = None
+    moe_router_num_groups: int | None = number(None, ge=1)
+    moe_router_group_topk: int | None = number(None, ge=1)
+    moe_router_topk_scaling_factor: float | None = number(None, gt=0)
+    moe_router_enable_expert_bias: bool = False
+    moe_router_bias_update_rate: float = number(1e-3, gt=0)
+    moe_router_fusion: bool = False
+    moe_input_jitter_eps: float | None = number(None, gt=0, lt=1)
     moe_aux_loss_coeff: float = number(0.0, ge=0)
     moe_z_loss_coeff: float | None = number(None, ge=0)
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = "allgather"  # noqa: S105 - no password
+    moe_flex_dispatcher_backend: Literal["deepep", "hybridep"] = "deepep"
     moe_grouped_gemm: bool = False
     moe_permute_fusion: bool = False
     moe_shared_expert_intermediate_size: int | None = number(None, ge=1)
     moe_shared_expert_overlap: bool = False
-    torch_compile: bool = False
+    moe_shared_expert_gate: bool = False
     moe_expert_capacity_factor: float | None = number(None, gt=0)
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"  # noqa: S105 - no password
+    moe_pad_expert_input_to_capacity: bool = False
     moe_layer_freq: int | list[int] = field(default=1, metadata=within(ge=0))
+
+    multi_latent_attention: bool = False
+    q_lora_rank: int | None = number(None, ge=1)
+    kv_lora_rank: int = number(512, ge=1)
+    qk_head_dim: int = number(128, ge=1)
+    qk_pos_emb_head_dim: int = number(64, ge=1)
+    v_head_dim: int = number(128, ge=1)
+    rope_type: Literal["rope", "yarn"] = "rope"
+    rotary_scaling_factor: float = number(40.0, ge=1)
+    original_max_position_embeddings: int = number(4096, ge=1)
+    beta_fast: float = number(32.0, gt=0)
+    beta_slow: float = number(1.0, gt=0)
+    mscale: float = number(1.0, ge=0)
+    mscale_all_dim: float = number(0.0, ge=0)
+    mtp_num_layers: int | None = number(None, ge=1)
+    mtp_loss_scaling_factor: float = number(0.1, ge=0)
 
     gradient_accumulation_fusion: bool = False
     bias_activation_fusion: bool = False
