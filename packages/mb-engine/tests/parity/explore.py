@@ -21,7 +21,7 @@ from mb_config.errors import ConfigError
 from mb_engine.testing import RankError, run_ranks, tiny_config
 from mode_report import difference
 from mode_rows import BASE, MOE, PRECISIONS, RAMP, SHARED_EXPERT
-from mode_training import train_guarded
+from mode_training import Run, train_guarded
 
 MOST_RANKS = 4
 TOGETHER_IN_ONE_CALL = 12
@@ -94,6 +94,12 @@ FEATURES = (
         shared=("model.num_layers=8",),
     ),
     Feature(name="CP2", kind="cp", ranks=2, mode=("model.context_parallel_size=2",)),
+    Feature(
+        name="CP2 ring",
+        kind="cp",
+        ranks=2,
+        mode=("model.context_parallel_size=2", "model.cp_comm_type=p2p"),
+    ),
     Feature(name="EP2", kind="moe", ranks=2, mode=(EP2,), shared=MOE),
     Feature(
         name="EP2 alltoall",
@@ -180,17 +186,9 @@ FEATURES = (
         precision="bf16",
     ),
 )
-# Right, but not what one rank computes.
-NOT_COMPARABLE = (
-    # Each rank draws the masks of its own tokens.
-    {"dropout", "TP2+SP"},
-    {"dropout", "CP2"},
-    # How many tokens an expert may take is counted on each rank.
-    {"experts, capacity", "TP2+SP"},
-    {"experts, capacity", "CP2"},
-    # Masks of different micro-batches are drawn on different ranks, or in another order.
-    {"dropout", "DP2"},
-)
+# Right, but not what one rank computes: each rank draws masks for what it alone has, and how many
+# tokens an expert may take is counted on each rank. TP ranks without SP have all tokens.
+NOT_COMPARABLE = {"dropout": {"TP2"}, "experts, capacity": {"TP2", "PP2", "PP2 uneven", "DP2"}}
 
 
 @frozen(kw_only=True)
@@ -222,8 +220,12 @@ class Mix:
     def possible(self):
         """Whether the features go together, on so many ranks, and one rank is their reference."""
         kinds = [feature.kind for feature in self.features if feature.kind]
-        names = {feature.name for feature in self.features}
-        comparable = not any(names >= both for both in NOT_COMPARABLE)
+        comparable = all(
+            other.ranks == 1 or other.name in NOT_COMPARABLE[feature.name]
+            for feature in self.features
+            if feature.name in NOT_COMPARABLE
+            for other in self.features
+        )
         return len(set(kinds)) == len(kinds) and self.ranks <= MOST_RANKS and comparable
 
     def accepted(self):
@@ -253,9 +255,9 @@ def run(part, ranks, steps):
 
 
 def _run(part, ranks, steps):
-    overrides = [mix.overrides for mix in part]
+    runs = [Run(mix.overrides) for mix in part]
     try:
-        by_rank = run_ranks(train_guarded, ranks, overrides, steps, timeout_s=60 + 20 * len(part))
+        by_rank = run_ranks(train_guarded, ranks, runs, steps, timeout_s=60 + 20 * len(part))
     except RankError as error:
         print(f"  {str(error).strip().splitlines()[-1]}")
         return None
@@ -288,7 +290,11 @@ def main():
     print(f"{len(todo)} mixes to run; {len(candidates) - len(todo)} are refused or not asked for")
     wanted = dict.fromkeys(mix.reference for mix in todo)
     by_rank = run_ranks(
-        train_guarded, 1, list(wanted), arguments.steps, timeout_s=60 + 10 * len(wanted)
+        train_guarded,
+        1,
+        [Run(key) for key in wanted],
+        arguments.steps,
+        timeout_s=60 + 10 * len(wanted),
     )
     references = dict(zip(wanted, by_rank[0], strict=True))
     bad = 0

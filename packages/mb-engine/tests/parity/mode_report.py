@@ -16,7 +16,7 @@ from pathlib import Path
 from attrs import frozen
 from mb_engine.testing import run_ranks
 from mode_rows import AGAINST_FP32, STEPS, TABLE, Bound, Row
-from mode_training import train_all
+from mode_training import Run, train_all
 
 TIMEOUT_S = 900
 
@@ -115,30 +115,30 @@ def measure(rows, *, others=(), steps=STEPS, timeout_s=TIMEOUT_S):
 
     Args:
         rows: Of the table.
-        others: Further runs: ranks and overrides each.
+        others: Further runs: ranks and a ``Run`` each.
         steps: Of every run.
         timeout_s: Of the runs on as many ranks.
 
     Returns:
-        An :class:`Outcome` a row, and what all ranks saw by ranks and overrides.
+        An :class:`Outcome` a row, and what all ranks saw, by ranks and run.
     """
     references = {r.reference for r in rows} | {r.reference_in_fp32 for r in rows if r.wider_bound}
     wanted = {(1, overrides) for overrides in references}
     wanted |= {(r.ranks, r.overrides) for r in rows} | set(others)
     seen = {}
     for ranks in sorted({n for n, _ in wanted}):
-        cases = sorted(overrides for n, overrides in wanted if n == ranks)
+        cases = sorted(run for n, run in wanted if n == ranks)
         by_rank = run_ranks(train_all, ranks, cases, steps, timeout_s=timeout_s)
         seen |= {(ranks, case): [r[i] for r in by_rank] for i, case in enumerate(cases)}
     return [_outcome(row, seen) for row in rows], seen
 
 
 def _outcome(row, seen):
-    ranks = seen[row.ranks, row.overrides]
-    (reference,) = seen[1, row.reference]
+    ranks = seen[row.ranks, Run(row.overrides, packed=row.packed)]
+    (reference,) = seen[1, Run(row.reference, packed=row.packed)]
     to_fp32 = None
     if row.wider_bound:
-        (plain,) = seen[1, row.reference_in_fp32]
+        (plain,) = seen[1, Run(row.reference_in_fp32, packed=row.packed)]
         to_fp32 = difference(ranks, plain, with_scales=False)
     return Outcome(
         row=row,

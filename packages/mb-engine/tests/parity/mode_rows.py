@@ -103,6 +103,7 @@ class Row:
         bound: Against the reference; that of the precision if None.
         short: Whether the normal test session runs it.
         learns: By how much the loss must fall over the run, so that there is something to compare.
+        packed: Whether every micro-batch is a row of three samples that must not see each other.
         skips: Whether some steps must overflow and be skipped; such a run has no like in float32.
     """
 
@@ -115,6 +116,7 @@ class Row:
     _bound: Bound | None = field(default=None, alias="bound")
     short: bool = False
     learns: float = 0.3
+    packed: bool = False
     skips: bool = False
 
     @property
@@ -148,6 +150,9 @@ PP2 = ("model.pipeline_model_parallel_size=2",)
 PP4 = ("model.pipeline_model_parallel_size=4",)
 VPP2 = ("model.virtual_pipeline_model_parallel_size=2",)
 CP2 = ("model.context_parallel_size=2",)
+CP4 = ("model.context_parallel_size=4",)
+RING = ("model.cp_comm_type=p2p",)
+A2A = ("model.cp_comm_type=a2a",)
 EP2 = ("model.expert_model_parallel_size=2",)
 ALLTOALL = ("model.moe_token_dispatcher_type=alltoall",)
 ALLGATHER = ("model.moe_token_dispatcher_type=allgather",)
@@ -159,6 +164,9 @@ OVERLAP = (*GRADS, "ddp.overlap_param_gather=true")
 
 TIED = ("model.share_embeddings_and_output_weights=true",)
 BIASES = ("model.normalization=LayerNorm", "model.add_bias_linear=true")
+WINDOW = ("model.window_size=[5, 0]",)
+PACKED = ("train.micro_batch_size=1",)
+FOUR_GROUPS = ("model.num_query_groups=4",)
 DROPOUT = ("model.hidden_dropout=0.2",)
 EIGHT = ("model.num_layers=8",)
 MOE = ("model.num_moe_experts=4", "model.moe_layer_freq=[0, 1, 0, 1]")
@@ -234,8 +242,29 @@ TABLE: tuple[Row, ...] = (
     row("Pipeline", "PP2, batch ramp-up", 2, PP2, shared=RAMP),
     # Context parallelism
     row("Context", "CP2, all_gather", 2, CP2, ("model.cp_comm_type=all_gather",), short=True),
-    row("Context", "CP4, all_gather", 4, ("model.context_parallel_size=4",)),
-    row("Context", "CP2, all_gather, window", 2, CP2, shared=("model.window_size=[5, 0]",)),
+    row("Context", "CP4, all_gather", 4, CP4, ("model.cp_comm_type=all_gather",)),
+    row("Context", "CP2, ring", 2, CP2, RING, short=True),
+    row("Context", "CP4, ring", 4, CP4, RING),
+    row("Context", "CP2, a2a", 2, CP2, A2A, shared=FOUR_GROUPS),
+    row(
+        "Context",
+        "CP4, a2a+p2p",
+        4,
+        CP4,
+        ("model.cp_comm_type=a2a+p2p", "model.hierarchical_context_parallel_sizes=[2, 2]"),
+        shared=FOUR_GROUPS,
+    ),
+    row("Context", "CP2, all_gather, window", 2, CP2, shared=WINDOW),
+    row("Context", "CP2, ring, window", 2, CP2, RING, shared=WINDOW),
+    # Packed samples
+    row("Packed", "TP2 + SP", 2, TP2, SP, shared=PACKED, packed=True),
+    row("Packed", "PP2", 2, PP2, shared=PACKED, packed=True),
+    row("Packed", "CP2, all_gather", 2, CP2, shared=PACKED, packed=True, short=True),
+    row("Packed", "CP2, ring", 2, CP2, RING, shared=PACKED, packed=True),
+    row("Packed", "DP2, distributed optimizer", 2, DISTRIBUTED, shared=PACKED, packed=True),
+    row("Packed", "TP2 + SP x CP2", 4, TP2, SP, CP2, RING, shared=PACKED, packed=True),
+    row("Packed", "PP2 x CP2", 4, PP2, CP2, shared=PACKED, packed=True),
+    row("Packed", "PP2, full recomputation", 2, PP2, UNIFORM, shared=PACKED, packed=True),
     # Experts
     row("Experts", "EP2, allgather", 2, EP2, ALLGATHER, shared=MOE),
     row("Experts", "EP2, alltoall", 2, EP2, ALLTOALL, shared=MOE),

@@ -3,11 +3,29 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import NamedTuple
+
 import torch
 from mb_engine import Engine
 from mb_engine.runtime.distributed import shutdown
 from mb_engine.testing import tiny_config
 from mb_engine.train.batch_size import BatchSizeSchedule
+
+# Of one packed row; a rank of CP2 gets two of four equal chunks of each.
+LENGTHS = (8, 16, 8)
+
+
+class Run(NamedTuple):
+    """What to train.
+
+    Attributes:
+        overrides: Over the tiny configuration.
+        packed: Whether each row holds samples of :data:`LENGTHS` that must not see each other.
+    """
+
+    overrides: tuple[str, ...]
+    packed: bool = False
 
 
 def global_batches(config, steps):
@@ -30,14 +48,19 @@ def global_batches(config, steps):
         consumed += size
 
 
-def micro_batches(batch, layout, size):
+def micro_batches(batch, layout, size, *, packed=False):
     """Return the micro-batches of one data-parallel rank, in order."""
     samples = len(batch["tokens"])
     starts = range(layout.dp_rank * size, samples, size * layout.dp)
-    return [{k: v[s : s + size].contiguous() for k, v in batch.items()} for s in starts]
+    parts = [{k: v[s : s + size].contiguous() for k, v in batch.items()} for s in starts]
+    if packed:
+        for part in parts:
+            part["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(LENGTHS)])
+            part["position_ids"] = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    return parts
 
 
-def train(overrides, steps):
+def train(run, steps):
     """Train on this rank.
 
     Returns:
@@ -45,7 +68,7 @@ def train(overrides, steps):
         loss, ``parameters_norm`` at the end, and the sums of the parameters that tensor-parallel
         ranks hold alike as ``replicated``.
     """
-    engine = Engine.from_config(tiny_config(*overrides))
+    engine = Engine.from_config(tiny_config(*run.overrides))
     losses, norms, scales = [], [], []
     size = engine.config.train.micro_batch_size
     for batch in global_batches(engine.config, steps):
@@ -75,11 +98,11 @@ def train(overrides, steps):
 def train_all(cases, steps):
     """Train once with each of *cases*, one after the other in the same processes."""
     results = []
-    for overrides in cases:
+    for run in cases:
         try:
-            results.append(train(overrides, steps))
+            results.append(train(run, steps))
         except Exception as error:
-            error.add_note(f"while training with {' '.join(overrides)}")
+            error.add_note(f"while training {run}")
             raise
     return results
 
@@ -87,9 +110,9 @@ def train_all(cases, steps):
 def train_guarded(cases, steps):
     """Do what :func:`train_all` does; a case that fails gives its error as a text."""
     results = []
-    for overrides in cases:
+    for run in cases:
         try:
-            results.append(train(overrides, steps))
+            results.append(train(run, steps))
         except Exception as error:
             results.append(f"{type(error).__name__}: {error}")
             shutdown()

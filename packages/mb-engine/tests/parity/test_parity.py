@@ -7,19 +7,15 @@ import collections
 
 import pytest
 from mode_report import measure
-from mode_rows import BASE, TABLE, Row
+from mode_rows import BASE, SP, TABLE, TP2, Row
+from mode_training import Run
 
 SHORT = [row for row in TABLE if row.short]
 MASKS = ("model.attention_dropout=0.2", "model.hidden_dropout=0.2")
 # With dropout on the attention, whose masks differ between ranks; no run on one rank is like it.
 DRIFT = {
-    "TP2": (*BASE, "model.tensor_model_parallel_size=2", *MASKS),
-    "TP2 + SP": (
-        *BASE,
-        "model.tensor_model_parallel_size=2",
-        "model.sequence_parallel=true",
-        *MASKS,
-    ),
+    "TP2": Run((*BASE, *TP2, *MASKS)),
+    "TP2 + SP": Run((*BASE, *TP2, *SP, *MASKS)),
 }
 
 pytestmark = pytest.mark.dist
@@ -44,7 +40,7 @@ def test_what_tensor_parallel_ranks_share_stays_the_same_on_them(measured, name)
     first, second = seen[2, DRIFT[name]]
     assert first["replicated"] == second["replicated"]
     assert first["losses"] == second["losses"]
-    plain = seen[1, BASE][0]["losses"]
+    plain = seen[1, Run(BASE)][0]["losses"]
     assert abs(first["losses"][5] - plain[5]) > 1e-3, "dropout must have been on"
 
 
@@ -53,8 +49,8 @@ def test_a_complaint_names_what_is_wrong(measured):
     from mode_report import difference
 
     seen = measured[1]
-    (one,) = seen[1, BASE]
-    other = next(ranks for key, ranks in seen.items() if key[0] == 1 and key[1] != BASE)
+    (one,) = seen[1, Run(BASE)]
+    other = next(ranks for key, ranks in seen.items() if key[0] == 1 and key[1] != Run(BASE))
     assert not difference(other, one).within(SHORT[0].bound)
     assert difference([one], one).within(Row(name="", kind="", ranks=1).bound)
     broken = {**one, "losses": [*one["losses"][:-1], float("nan")]}
