@@ -5,22 +5,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mb_config.resolve import pipeline
+
 if TYPE_CHECKING:
     from mb_config.resolve.draft import Draft
-
-_OWN_SPLIT = (
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
 
 
 def resolve(draft: Draft) -> None:
     """Derive the data-parallel size and check what each kind of parallelism divides."""
     _data_parallel(draft)
     _sequence_parallel(draft)
-    _pipeline(draft)
-    _point_to_point(draft)
+    pipeline.resolve(draft)
     _context(draft)
     _expert(draft)
 
@@ -58,105 +53,6 @@ def _sequence_parallel(draft: Draft) -> None:
         "model.seq_length",
         f"must be a multiple of TP x CP = {tp} x {cp} with sequence_parallel",
         f"use {_up(model.seq_length, tp * cp)}, or set model.sequence_parallel=false",
-    )
-
-
-def _pipeline(draft: Draft) -> None:
-    model = draft.config.model
-    pp, vpp = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
-    first = model.num_layers_in_first_pipeline_stage
-    last = model.num_layers_in_last_pipeline_stage
-    if pp == 1:
-        for name in (
-            "virtual_pipeline_model_parallel_size",
-            "num_layers_in_first_pipeline_stage",
-            "num_layers_in_last_pipeline_stage",
-        ):
-            draft.require(
-                getattr(model, name) is None,
-                f"model.{name}",
-                "needs pipeline parallelism, here pipeline_model_parallel_size=1",
-                "leave it out, or raise model.pipeline_model_parallel_size",
-            )
-        return
-    if any(name in model.megatron for name in _OWN_SPLIT) or model.num_layers < 1:
-        return
-    stages = _stages(draft, first, last)
-    if vpp is None or stages is None:
-        return
-    for layers in stages:
-        if not draft.require(
-            layers % vpp == 0,
-            "model.virtual_pipeline_model_parallel_size",
-            f"must divide the {layers} layers of a pipeline stage",
-            "choose a divisor, or change model.num_layers",
-        ):
-            return
-
-
-def _stages(draft: Draft, first: int | None, last: int | None) -> list[int] | None:
-    """Return the different numbers of layers of the stages, or None after a violation."""
-    model = draft.config.model
-    pp = model.pipeline_model_parallel_size
-    given = [n for n in (first, last) if n is not None]
-    layers, places = model.num_layers - sum(given), pp - len(given)
-    if not given:
-        fits = draft.require(
-            layers % pp == 0,
-            "model.num_layers",
-            f"must be a multiple of pipeline_model_parallel_size={pp}",
-            f"use {_up(layers, pp)} layers, or set model.num_layers_in_first_pipeline_stage",
-        )
-        return [layers // pp] if fits else None
-    name = "first" if first is not None else "last"
-    fits = draft.require(
-        (layers == 0 if places == 0 else layers > 0 and layers % places == 0),
-        f"model.num_layers_in_{name}_pipeline_stage",
-        f"leaves {layers} of {model.num_layers} layers for {places} other stages",
-        "choose numbers that leave a positive multiple of the other stages",
-    )
-    if not fits:
-        return None
-    return given + ([layers // places] if places else [])
-
-
-def _point_to_point(draft: Draft) -> None:
-    model, overlap = draft.config.model, draft.config.comm_overlap
-    pp = model.pipeline_model_parallel_size
-    interleaved = pp > 1 and model.virtual_pipeline_model_parallel_size is not None
-    kind = "interleaved pipeline" if interleaved else "pipeline" if pp > 1 else "no pipeline"
-    explicit = overlap.overlap_p2p_comm is not None or overlap.batch_p2p_comm is not None
-    draft.fill("comm_overlap.overlap_p2p_comm", interleaved, kind)
-    batched = pp > 1 and not overlap.overlap_p2p_comm
-    draft.fill(
-        "comm_overlap.batch_p2p_comm",
-        batched,
-        f"{kind}, overlap_p2p_comm {overlap.overlap_p2p_comm}",
-    )
-    if not explicit:
-        return
-    if pp == 2 and interleaved:
-        draft.require(
-            overlap.overlap_p2p_comm and not overlap.batch_p2p_comm,
-            "comm_overlap.overlap_p2p_comm"
-            if not overlap.overlap_p2p_comm
-            else "comm_overlap.batch_p2p_comm",
-            "2 pipeline stages with virtual stages give wrong results unless overlap_p2p_comm=True"
-            " and batch_p2p_comm=False, since previous and next stage are the same rank",
-            "leave both out",
-        )
-        return
-    draft.require(
-        not (overlap.overlap_p2p_comm and overlap.batch_p2p_comm),
-        "comm_overlap.batch_p2p_comm",
-        "excludes overlap_p2p_comm",
-        "leave both out",
-    )
-    draft.require(
-        interleaved or not overlap.overlap_p2p_comm,
-        "comm_overlap.overlap_p2p_comm",
-        "only the interleaved pipeline can overlap its sends",
-        "leave it out, or set model.virtual_pipeline_model_parallel_size",
     )
 
 
