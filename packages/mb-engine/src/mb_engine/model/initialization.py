@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _INTO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
+_RANDOM_BIAS = "router.bias"
 _EMBEDDINGS = ("word_embeddings.weight", "position_embeddings.weight")
 
 
 def initialize_weights(
     chunks: Sequence[nn.Module], config: Any, rng: RNGConfig, layout: ProcessLayout
 ) -> None:
-    """Draw every matrix of *chunks* anew; vectors (biases, norms) keep their constants.
+    """Draw every matrix of *chunks* anew, and the bias of routers.
+
+    Other vectors (biases, norms) keep their constants.
 
     The distribution of a matrix is megatron-core's: ``output_layer_init_method`` for matrices that
     write into the residual stream, ``embedding_init_method`` for embeddings, else ``init_method``.
@@ -46,7 +49,8 @@ def initialize_weights(
     drawn: dict[str, Tensor] = {}
     for shard in model_shards(chunks, prefix=""):
         is_parameter = shard.data.untyped_storage().data_ptr() in parameters
-        if not is_parameter or shard.data.dim() < 2:
+        is_drawn = shard.data.dim() > 1 or shard.key.endswith(_RANDOM_BIAS)
+        if not is_parameter or not is_drawn:
             continue
         if shard.key not in drawn:
             drawn = {shard.key: _draw(shard, config, seed)}  # pieces of one tensor come together

@@ -16,12 +16,19 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
 from mb_engine.errors import EngineError
 from mb_engine.model.attention import TorchAttention
+from mb_engine.model.expert_kernels import check_expert_kernels
 from mb_engine.model.linears import ColumnLinear, RowLinear
 from mb_engine.model.mlp import TorchMLP
+from mb_engine.model.moe_router import BalancedRouter
 from mb_engine.model.norms import norm_class
 from mb_engine.model.self_attention import TorchSelfAttention
 from mb_engine.model.transformer_layer import TorchTransformerLayer
-from mb_engine.runtime.megatron_compat import dense_mlp_spec, is_moe_spec
+from mb_engine.runtime.megatron_compat import (
+    dense_mlp_spec,
+    expert_linears,
+    is_moe_spec,
+    moe_submodules,
+)
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
@@ -43,7 +50,8 @@ def choose_layer_spec(config: ConfigContainer) -> str:
     has_te = importlib.util.find_spec("transformer_engine") is not None
     wanted = config.model.layer_spec
     if wanted == "auto":
-        return "te" if on_cuda and has_te else "torch"
+        capped = config.model.attn_logit_softcapping or config.model.final_logit_softcapping
+        return "te" if on_cuda and has_te and not capped else "torch"
     if wanted == "te" and not (on_cuda and has_te):
         why = "is for CUDA devices" if has_te else "is not installed"
         raise EngineError(
@@ -63,7 +71,11 @@ def block_spec(config: Any, *, layer_spec: str, vp_stage: int | None) -> Any:
 
     Returns:
         Megatron-core's ``TransformerBlockSubmodules``.
+
+    Raises:
+        EngineError: If experts are to use kernels that are not there.
     """
+    check_expert_kernels(config, layer_spec=layer_spec)
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=layer_spec == "te",
@@ -71,11 +83,15 @@ def block_spec(config: Any, *, layer_spec: str, vp_stage: int | None) -> Any:
         qk_l2_norm=config.qk_l2_norm,
         vp_stage=vp_stage,
     )
+    # Layers of one kind share one spec object.
+    layers = {id(spec): spec for spec in block.layer_specs}.values()
+    for layer in layers:
+        if is_moe_spec(layer.submodules.mlp):
+            moe_submodules(layer.submodules.mlp).router = BalancedRouter
     if layer_spec == "torch":
         norm = norm_class(config.normalization)
         block.layer_norm = norm
-        # Layers of one kind share one spec object.
-        for layer in {id(spec): spec for spec in block.layer_specs}.values():
+        for layer in layers:
             layer.module = TorchTransformerLayer
             _use_torch(layer.submodules, config, norm)
     return block
@@ -86,7 +102,10 @@ def _use_torch(layer: Any, config: Any, norm: type) -> None:
     layer.input_layernorm = norm
     layer.pre_mlp_layernorm = norm
     layer.sharded_state_dict_keys_map = dict(_INPUT_NORM)
-    if not is_moe_spec(layer.mlp):
+    if is_moe_spec(layer.mlp):
+        for linears in expert_linears(layer.mlp):
+            linears.linear_fc1, linears.linear_fc2 = ColumnLinear, RowLinear
+    else:
         layer.sharded_state_dict_keys_map |= _MLP_NORM
         layer.mlp = dense_mlp_spec(TorchMLP, layer.mlp)
     layer.self_attention.module = TorchSelfAttention

@@ -196,6 +196,16 @@ def moe_submodules(mlp: Any) -> Any:
     return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
 
 
+def expert_linears(mlp: Any) -> list[Any]:
+    """Return where a spec for which :func:`is_moe_spec` holds names its experts' linears."""
+    parts = moe_submodules(mlp)
+    specs = (parts.experts, parts.shared_experts)
+    return [
+        s.keywords["submodules"] if isinstance(s, functools.partial) else s.submodules
+        for s in specs
+    ]
+
+
 def dense_mlp_spec(mlp_class: type, spec: Any) -> Any:
     """Return what makes a transformer layer build its dense MLP as *mlp_class*.
 
@@ -223,6 +233,18 @@ def cuda_graph_fields(scope: Sequence[str] | None, *, known: Collection[str]) ->
     if "full_iteration" in parts:
         fields["cuda_graph_impl"] = "full_iteration"
     return fields
+
+
+def cuda_graph_kind(config: Any) -> str:
+    """Return ``none``, ``local``, ``transformer_engine`` or ``full_iteration``.
+
+    Args:
+        config: A ``TransformerConfig`` made from :func:`cuda_graph_fields`.
+    """
+    kind = str(getattr(config, "cuda_graph_impl", "none") or "none")
+    scope = getattr(config, "cuda_graph_scope", None) or []
+    names = {getattr(part, "name", part) for part in scope}
+    return "full_iteration" if kind == "local" and "full_iteration" in names else kind
 
 
 def sharded_state_dict(chunk: Any, metadata: Mapping[str, Any]) -> Any:

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses beside the main one, for the log: balance of experts and predictions further ahead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mb_config.records import ProcessLayout
+    from torch import Tensor
+
+_Z_LOSS = "z_loss"
+
+
+def take_auxiliary_losses(
+    chunks: Sequence[Any], layout: ProcessLayout, *, num_microbatches: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what the model recorded since the last call, and forget it.
+
+    One small all-reduce over all ranks; nothing waits for the device. Without experts and without
+    predictions ahead it is empty and nothing is sent. All ranks call it together.
+
+    Args:
+        chunks: Model chunks of this rank, wrapped or not.
+        layout: This rank's place.
+        num_microbatches: Of one data-parallel rank.
+
+    Returns:
+        Sum and count by name, the same on every rank; their ratio is the mean over micro-batches,
+        and for experts also over layers. The losses are without their coefficients.
+    """
+    from megatron.core.utils import get_model_config
+
+    from mb_engine.model.moe_router import BalancedRouter
+
+    config = get_model_config(chunks[0])
+    names = _balancing_losses(config)
+    if not names:
+        return {}
+    routers = [m for c in chunks for m in c.modules() if isinstance(m, BalancedRouter)]
+    nothing = torch.zeros((), dtype=torch.float32, device=layout.device)
+    found = [_taken(routers, name, nothing) for name in names]
+    packed = torch.stack([*found, nothing + len(routers)]).double()
+    torch.distributed.all_reduce(packed)
+    *sums, parts = packed.unbind()
+    alike = layout.tp * layout.cp * layout.dp
+    result = {}
+    for name, total in zip(names, sums, strict=True):
+        together = name.startswith("global_")  # one loss for all data-parallel ranks
+        losses = num_microbatches * (1 if together else layout.dp)
+        result[name] = total, parts * (losses / alike)
+    return result
+
+
+def _balancing_losses(config: Any) -> list[str]:
+    """Return the names of the losses that a model of this configuration records."""
+    from mb_engine.model.moe_router import LOSSES
+
+    if config.num_moe_experts is None:
+        return []
+    kinds, weights = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(kinds, str):
+        kinds, weights = [kinds], [weights]
+    names = [LOSSES[k] for k, w in zip(kinds, weights, strict=True) if k in LOSSES and w > 0]
+    return [*names, _Z_LOSS] if config.moe_z_loss_coeff else names
+
+
+def _taken(routers: Sequence[Any], name: str, nothing: Tensor) -> Tensor:
+    """Return the sum of one loss over *routers* and set it to zero there."""
+    parts = [r.recorded[name] for r in routers if name in r.recorded]
+    if not parts:
+        return nothing
+    total = torch.stack(parts).sum(0)
+    for part in parts:
+        part.zero_()
+    return total
