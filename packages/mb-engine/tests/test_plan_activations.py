@@ -78,6 +78,8 @@ CASES = {
     "TP2 + SP": (2, [*TP2, "model.sequence_parallel=true"]),
     "TP2, full, shared": (2, [*TP2, *FULL, "recompute.distribute_saved_activations=true"]),
     "CP2, all-gather": (2, ["model.context_parallel_size=2", "model.cp_comm_type=all_gather"]),
+    "CP2, ring": (2, ["model.context_parallel_size=2", "model.cp_comm_type=p2p"]),
+    "CP2, all-to-all": (2, ["model.context_parallel_size=2", "model.cp_comm_type=a2a"]),
     "PP2": (2, PP2),
     "PP2, VPP2": (2, PP2 + VPP2),
     "PP2, full": (2, PP2 + FULL),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from attrs import frozen
 
 from mb_engine.plan.layout import (
+    exchange,
     expert_layers,
     is_first_chunk,
     is_last_chunk,
@@ -176,7 +177,7 @@ def _context_parallel(
     cp = degrees.cp
     if cp == 1:
         return
-    kind = _exchange(model, spec)
+    kind = exchange(model)
     forwards = 2 if recomputed else 1
     keys_and_values = 2.0 * sizes.key
     if kind == "all_gather":
@@ -190,14 +191,10 @@ def _context_parallel(
         all_of_it = 2 * sizes.query + keys_and_values
         yield "cp", "cp_all_to_all", ring_share(by_heads) * all_of_it * (forwards + 1)
     if ring > 1:
-        # Backward, keys and values go round once more, and their gradients all the way home.
-        yield "cp", "cp_p2p", keys_and_values * ((ring - 1) * (forwards + 1) + ring)
-
-
-def _exchange(model: ModelConfig, spec: str) -> str:
-    kind = model.cp_comm_type
-    first = kind[0] if isinstance(kind, list) else kind
-    return first or ("p2p" if spec == "te" else "all_gather")
+        # Backward, keys and values go round once more, and their gradients all the way home; the
+        # torch layers sum these in float32.
+        gradients = keys_and_values * (BYTES["float32"] / sizes.element if spec == "torch" else 1)
+        yield "cp", "cp_p2p", keys_and_values * (ring - 1) * (forwards + 1) + gradients * ring
 
 
 def _levels(model: ModelConfig, kind: str, cp: int) -> tuple[int, int]:

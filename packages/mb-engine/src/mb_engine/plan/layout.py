@@ -161,6 +161,17 @@ def windowed_layers(model: ModelConfig) -> list[bool]:
     return [(i + 1) % frequency != 0 for i in range(model.num_layers)]
 
 
+def exchange(model: ModelConfig) -> str:
+    """Return how context-parallel ranks exchange keys and values, in the first layer if they differ.
+
+    Where it is open, what ``finalize`` chooses.
+    """
+    kind = model.cp_comm_type
+    first = kind[0] if isinstance(kind, list) else kind
+    bound = model.window_size is not None or model.attention_dropout > 0
+    return first or ("all_gather" if bound else "p2p")
+
+
 def is_first_chunk(pp_rank: int, chunk: int) -> bool:
     """Return whether a chunk holds the embedding."""
     return pp_rank == 0 and chunk == 0

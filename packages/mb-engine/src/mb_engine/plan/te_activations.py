@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mb_engine.plan.layout import exchange
 from mb_engine.plan.saved import Saved
 from mb_engine.plan.torch_activations import inner_copies, norm, routed_experts
 
@@ -92,11 +93,6 @@ def _attention(config: ConfigContainer, degrees: Degrees, sizes: Sizes) -> Itera
     else:
         yield Saved("log-sum-exp", "core", sizes.tokens * heads * _FLOAT)
     yield Saved("input of the output projection", "attention", sizes.query)
-    if degrees.cp > 1 and _exchanges_heads(model.cp_comm_type):
+    if degrees.cp > 1 and exchange(model).startswith("a2a"):
         # Kept in both splits: by heads inside attention, by tokens for the projection.
         yield Saved("output by heads", "core", sizes.query)
-
-
-def _exchanges_heads(kind: str | list[str] | None) -> bool:
-    kinds = kind if isinstance(kind, list) else [kind]
-    return any(k is not None and k.startswith("a2a") for k in kinds)

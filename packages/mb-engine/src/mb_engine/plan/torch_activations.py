@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mb_engine.plan.layout import exchange
 from mb_engine.plan.saved import Saved
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _attention(
         rotated = int((model.kv_channels or 0) * model.rotary_percent)
         yield Saved("cosine and sine", "attention", 4 * sizes.length * rotated * sizes.element)
     if degrees.cp > 1:
-        yield from _gathered_core(sizes, degrees, copied=copied)
+        yield from _over_ranks(config, degrees, sizes, copied=copied)
         return
     heads = model.num_attention_heads // degrees.tp
     if unfused and not recomputed:
@@ -145,12 +146,29 @@ def _attention(
     yield Saved("input of the output projection", "attention", query)
 
 
-def _gathered_core(sizes: Sizes, degrees: Degrees, *, copied: bool) -> Iterator[Saved]:
-    """Yield what attention over gathered keys and values keeps; each rank does two chunks."""
-    yield Saved("keys and values of all ranks", "attention", 2 * degrees.cp * sizes.key)
-    yield Saved("queries", "attention", sizes.query + (0 if copied else sizes.key))
-    yield Saved("outputs of both chunks", "core", sizes.query)
-    yield Saved("input of the output projection", "attention", sizes.query)
+def _over_ranks(
+    config: ConfigContainer, degrees: Degrees, sizes: Sizes, *, copied: bool
+) -> Iterator[Saved]:
+    """Yield what attention over context-parallel ranks keeps, by how they exchange."""
+    query, key, cp = sizes.query, sizes.key, degrees.cp
+    heads = config.model.num_attention_heads // degrees.tp
+    rotated = query + key if config.model.position_embedding_type == "rope" else query + 2 * key
+    kind = exchange(config.model)
+    if kind == "p2p":
+        yield Saved("rotated queries and keys", "attention", rotated + (query if copied else 0))
+        yield Saved("values", "attention", key)
+    elif kind == "a2a":
+        yield Saved("queries, keys and values of some heads", "attention", query + 2 * key)
+        yield Saved("output of some heads", "core", query)
+    else:
+        # Each rank does two chunks, whose outputs are then put side by side.
+        yield Saved("keys and values of all ranks", "attention", 2 * cp * key)
+        yield Saved("queries", "attention", query if copied else rotated)
+        yield Saved("outputs of both chunks", "core", query)
+        chunk = sizes.length // 2
+        yield Saved("masks", "core", chunk * chunk * (2 * cp + 1) * sizes.element)
+    yield Saved("log-sum-exp", "core", sizes.tokens * heads * _FLOAT)
+    yield Saved("input of the output projection", "attention", query)
 
 
 def _head_norms(
