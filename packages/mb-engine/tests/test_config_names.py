@@ -51,12 +51,14 @@ class TestNamesAreMegatrons:
             "seq_length", "max_position_embeddings", "vocab_size", "padded_vocab_size",
             "make_vocab_size_divisible_by", "position_embedding_type", "rotary_base",
             "rotary_percent", "share_embeddings_and_output_weights", "layer_spec", "megatron",
+            "torch_compile",
         }  # fmt: skip
         assert self.names(ModelConfig) - self.transformer() == ours
 
     @pytest.mark.parametrize("cls", ["CommOverlapConfig", "RecomputeConfig", "CudaGraphConfig"])
     def test_of_overlap_recomputation_and_graphs(self, cls):
-        assert self.names(getattr(sections, cls)) <= self.transformer()
+        # What TE takes when its user buffers are made, which is not megatron-core's to know.
+        assert self.names(getattr(sections, cls)) - {"tp_comm_overlap_cfg"} <= self.transformer()
 
     def test_of_offloading(self):
         optimizer = _megatron_fields("optimizer/optimizer_config.py", "OptimizerConfig")
@@ -64,7 +66,8 @@ class TestNamesAreMegatrons:
 
     def test_of_the_optimizer(self):
         theirs = _megatron_fields("optimizer/optimizer_config.py", "OptimizerConfig")
-        assert self.names(sections.OptimizerConfig) <= theirs
+        # Muon's has another name in 0.16, which has another Muon; overrides go beside the section.
+        assert self.names(sections.OptimizerConfig) - {"muon_nesterov", "overrides"} <= theirs
 
     def test_of_data_parallelism(self):
         file = "distributed/distributed_data_parallel_config.py"

@@ -100,7 +100,9 @@ def _recompute_modules(draft: Draft) -> None:
         "set model.moe_grouped_gemm=true",
     )
     draft.require(
-        "mla_up_proj" not in modules or model.megatron.get("multi_latent_attention"),
+        "mla_up_proj" not in modules
+        or getattr(model, "multi_latent_attention", False)
+        or model.megatron.get("multi_latent_attention"),
         "recompute.recompute_modules",
         "mla_up_proj needs multi-latent attention",
         "leave mla_up_proj out",

@@ -59,6 +59,7 @@ def transformer_config(config: ConfigContainer) -> Any:
     values |= cuda_graph_fields(config.cuda_graph.cuda_graph_scope, known=known)
     te = choose_layer_spec(config) == "te"
     values["transformer_impl"] = "transformer_engine" if te else "local"
+    values["use_te_rng_tracker"] = config.rng.te_rng_tracker
     extra = dict(model.megatron)
     _check_extra(extra, known=known)
     made = TransformerConfig(**{k: v for k, v in (values | extra).items() if k in known})
@@ -81,8 +82,9 @@ def build_model(config: ConfigContainer, layout: ProcessLayout) -> list[Any]:
 
     Raises:
         ConfigError: If ``model.megatron`` has a field that is not known.
-        EngineError: If the layer spec cannot compute what is asked for.
+        EngineError: If the layer spec cannot compute or compile what is asked for.
     """
+    from megatron.core.fp8_utils import correct_amax_history_if_needed
     from megatron.core.tensor_parallel import (
         set_defaults_if_not_set_tensor_model_parallel_attributes,
     )
@@ -102,9 +104,16 @@ def build_model(config: ConfigContainer, layout: ProcessLayout) -> list[Any]:
         for parameter in chunk.parameters():
             set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         chunk.to(torch.device(layout.device))
-    if megatron_config.fp16 or megatron_config.bf16:
-        return [Float16Module(megatron_config, chunk) for chunk in chunks]
-    return chunks
+    if config.model.torch_compile:
+        from mb_engine.model.compiled import compile_elementwise
+
+        compile_elementwise(chunks)
+    if not (megatron_config.fp16 or megatron_config.bf16):
+        return chunks
+    halves = [Float16Module(megatron_config, chunk) for chunk in chunks]
+    # That cast wrote the values of FP8 parameters into their scaling history.
+    correct_amax_history_if_needed(halves)
+    return halves
 
 
 def _build_chunk(

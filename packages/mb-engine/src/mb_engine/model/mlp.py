@@ -10,7 +10,15 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from mb_engine.model.linears import ColumnLinear, RowLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+
+def gated(inner: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``activation(gate) * up`` for *inner* of gate and up side by side, half as wide."""
+    gate, up = inner.chunk(2, dim=-1)
+    return activation(gate) * up
 
 
 class TorchMLP(MLP):  # type: ignore[misc]
@@ -29,6 +37,7 @@ class TorchMLP(MLP):  # type: ignore[misc]
         parts = submodules or MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
         kwargs.setdefault("ffn_hidden_size", config.ffn_hidden_size)
         super().__init__(config, parts, tp_group=tp_group, **kwargs)
+        self.activation_of = gated
         self.is_usual = (
             not config.use_te_activation_func
             and not config.bias_activation_fusion
@@ -52,8 +61,7 @@ class TorchMLP(MLP):  # type: ignore[misc]
         if bias is not None:
             inner = inner + bias
         if self.config.gated_linear_unit:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = self.activation_func(gate) * up
+            inner = self.activation_of(inner, self.activation_func)
         else:
             inner = self.activation_func(inner)
         output, bias = self.linear_fc2(inner)

@@ -18,6 +18,7 @@ from mb_config.records import TensorShard
 
 from mb_engine.errors import EngineError
 from mb_engine.parallel.optimizer_state import optimizer_steps, parameter_states
+from mb_engine.precision.quantized import STANDS_FOR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -166,7 +167,11 @@ def optimizer_shards(
         optimizer: A megatron-core optimizer whose state is allocated.
         prefix: Put before every key.
     """
-    pieces = {id(entry.data): list(_pieces(entry)) for entry in _entries(chunks)}
+    # A plain copy may stand in for a parameter kept in FP8; the optimizer knows the parameter.
+    pieces = {
+        id(getattr(entry.data, STANDS_FOR, entry.data)): list(_pieces(entry))
+        for entry in _entries(chunks)
+    }
     shards: list[TensorShard] = []
     for state in parameter_states(optimizer):
         boxes = pieces.get(id(state.param))

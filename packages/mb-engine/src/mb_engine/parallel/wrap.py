@@ -33,6 +33,8 @@ def wrap_data_parallel(config: ConfigContainer, chunks: list[nn.Module]) -> list
 
     known = DistributedDataParallelConfig.__dataclass_fields__
     values = attrs.asdict(config.ddp, recurse=False)
+    values["delay_wgrad_compute"] = config.comm_overlap.delay_wgrad_compute
+    values["fp4_param_gather"] = bool(getattr(config.mixed_precision, "fp4_param", False))
     ddp_config = DistributedDataParallelConfig(**{k: v for k, v in values.items() if k in known})
     wrapped = [
         BufferedDataParallel(

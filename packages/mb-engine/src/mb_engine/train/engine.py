@@ -14,6 +14,8 @@ from attrs import define, field, frozen
 from mb_engine.errors import CheckpointMismatchError, EngineError
 from mb_engine.parallel import optimizer_state, shards
 from mb_engine.parallel.wrap import connect_schedule, unwrapped, wrap_data_parallel
+from mb_engine.precision import quantized
+from mb_engine.precision.support import check_precision
 from mb_engine.train import state as train_state
 from mb_engine.train.objective import LanguageModelObjective
 from mb_engine.train.state import TrainState
@@ -107,13 +109,16 @@ class Engine:
         from mb_engine.runtime.seeding import seed_everything
 
         resolved = config.finalize(world_size_from_environment())
+        check_precision(resolved)
         layout = initialize(resolved)
         seed_everything(resolved.rng, layout)
 
         from mb_engine.model.gpt import build_model
+        from mb_engine.parallel.overlap import initialize_overlap
         from mb_engine.train.optimizer import build_optimizer
         from mb_engine.train.schedule import build_scheduler
 
+        initialize_overlap(resolved)
         model = build_model(resolved, layout)
         for transform in transforms:
             model = [_transformed(chunk, transform, layout) for chunk in model]
@@ -219,7 +224,7 @@ class Engine:
         from mb_engine.runtime.seeding import rng_state
 
         checkpoint = self.config.checkpoint
-        with self.synced_parameters():
+        with self.synced_parameters(), quantized.plain_parameters(self.model):
             state: dict[str, Any] = {"model": self.model_shards()}
             state["run"] = train_state.plain_state(self.config, self.layout, self.progress)
             if checkpoint.save_optim:
@@ -230,6 +235,9 @@ class Engine:
             state["run"]["has_rng"] = checkpoint.save_rng
             if checkpoint.save_rng:
                 state["rng"] = train_state.rng_shards(rng_state(), rank=self.layout.rank)
+        history = train_state.scaling_history(self.config, self.layout, self.model)
+        state["run"]["scaling_history"] = sorted(history)
+        state["fp8"] = list(history.values())
         return state
 
     def load(
@@ -255,16 +263,21 @@ class Engine:
         if run is None or "model_identity" not in run:
             raise CheckpointMismatchError(f"{where} was not saved by a training run of this engine")
         train_state.check_model_identity(self.config, run["model_identity"], where=where)
-        wanted: dict[str, Any] = {"model": self.model_shards()}
         with_optimizer = (
             not weights_only and self.config.checkpoint.load_optim and "optimizer" in run
         )
-        if with_optimizer:
-            optimizer_state.allocate_state(self.optimizer)
-            wanted["optimizer"] = self._optimizer_shards()
+        with quantized.plain_parameters(self.model) as copies:
+            wanted: dict[str, Any] = {"model": self.model_shards()}
+            if with_optimizer:
+                optimizer_state.allocate_state(self.optimizer)
+                wanted["optimizer"] = self._optimizer_shards()
+        history = train_state.scaling_history(self.config, self.layout, self.model, stored=run)
+        wanted["fp8"] = list(history.values())
         random_states = self._wanted_rng(run, weights_only=weights_only)
         wanted["rng"] = train_state.rng_shards(random_states, rank=self.layout.rank)
         checkpointer.load(wanted, step)
+        quantized.quantize_again(copies)
+        quantized.load_history(self.model, history)
         if with_optimizer:
             shards.load_optimizer_plain_state(self.optimizer, run["optimizer"])
             self.scheduler.load_state_dict(run["scheduler"])

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
+from packaging.version import Version
 
 from mb_engine.errors import EngineError
 
@@ -28,15 +30,16 @@ def build_optimizer(
 ) -> Any:
     """Return the optimizer of all trainable parameters of *chunks*.
 
-    Adam and SGD come from Transformer Engine or Apex where installed, else from torch. Biases and
-    one-dimensional parameters (norms) get no weight decay. Call it on all ranks together.
+    Adam and SGD come from Transformer Engine or Apex where installed, else from torch. Muon takes
+    the matrices of the layers and leaves the rest to Adam. Biases and one-dimensional parameters
+    (norms) get no weight decay. Call it on all ranks together.
 
     Args:
         config: Resolved; every field of ``optimizer``, ``offload`` and ``mixed_precision`` whose
             name megatron-core's ``OptimizerConfig`` knows is passed on.
         chunks: This rank's model chunks, wrapped for data parallelism.
-        overrides: ``pattern -> values`` for the parameters whose name matches the pattern as a
-            shell would: ``max_lr``, ``min_lr``, ``start_wd``, ``end_wd``, ``wd_mult``, ``lr_mult``;
+        overrides: More of ``optimizer.overrides``, ``pattern -> values`` for the parameters whose
+            name matches the pattern as a shell would: ``max_lr``, ``min_lr``, ``start_wd``, ``end_wd``, ``wd_mult``, ``lr_mult``;
             `ParamScheduler` follows them.
 
     Returns:
@@ -54,7 +57,7 @@ def build_optimizer(
 
     settings = optimizer_settings(config)
     rules = megatron.get_standard_config_overrides(settings)
-    for pattern, values in (overrides or {}).items():
+    for pattern, values in {**config.optimizer.overrides, **(overrides or {})}.items():
         rules[megatron.ParamKey(name=pattern)] = dict(values)
     built = megatron.get_megatron_optimizer(
         settings,
@@ -83,6 +86,8 @@ def optimizer_settings(config: ConfigContainer) -> Any:
         values |= {k: v for k, v in fields.items() if k in known and v is not None}
         if section == "mixed_precision" and fields.get("fp8") is None:
             values.pop("fp8_recipe", None)  # a recipe counts as FP8 training there
+    if "muon_use_nesterov" in known:  # its name in 0.16
+        values["muon_use_nesterov"] = config.optimizer.muon_nesterov
     for name in [n for n in values if n.endswith("_dtype")]:
         values[name] = getattr(torch, values[name])
     try:
@@ -97,6 +102,8 @@ def _check_available(config: ConfigContainer) -> None:
             "optimizer.optimizer=sgd cannot be combined with the distributed optimizer, which"
             " megatron-core has for Adam alone; set optimizer.use_distributed_optimizer to false"
         )
+    if config.optimizer.optimizer == "muon":
+        _check_muon()
     wants_te = config.optimizer.use_precision_aware_optimizer
     if wants_te and importlib.util.find_spec("transformer_engine") is None:
         raise EngineError(
@@ -107,6 +114,25 @@ def _check_available(config: ConfigContainer) -> None:
         raise EngineError(
             "offload.optimizer_cpu_offload=True moves states from a GPU, and there is none; set it"
             " to false"
+        )
+
+
+def _check_muon() -> None:
+    """Refuse Muon where what it is made of is missing.
+
+    Megatron-core 0.16 has another Muon, for an unreleased interface of emerging-optimizers.
+    """
+    megatron = Version(importlib.metadata.version("megatron-core"))
+    has_it = importlib.util.find_spec("megatron.core.optimizer.emerging_optimizers") is not None
+    if not has_it:
+        raise EngineError(
+            f"optimizer.optimizer=muon: needs megatron-core 0.19, installed is {megatron}; upgrade"
+            " it, or use adam"
+        )
+    if importlib.util.find_spec("emerging_optimizers") is None:
+        raise EngineError(
+            "optimizer.optimizer=muon: needs the package emerging-optimizers; pip install"
+            " emerging-optimizers (Python 3.12 or newer), or use adam"
         )
 
 

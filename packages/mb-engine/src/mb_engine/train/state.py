@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import define
+from mb_config import MixedPrecisionConfig
 from mb_config.records import TensorShard
 
 from mb_engine.errors import CheckpointMismatchError
+from mb_engine.precision import quantized
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mb_config import ConfigContainer
     from mb_config.records import ProcessLayout
-    from torch import Tensor
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,45 @@ def rng_shards(states: Mapping[str, Tensor], *, rank: int) -> list[TensorShard]:
         )
         for name, tensor in states.items()
     ]
+
+
+def scaling_history(
+    config: ConfigContainer,
+    layout: ProcessLayout,
+    model: Sequence[nn.Module],
+    *,
+    stored: Mapping[str, Any] | None = None,
+) -> dict[str, TensorShard]:
+    """Return the state of FP8's delayed scaling by key, empty with any other precision.
+
+    Args:
+        config: Resolved.
+        layout: Where this rank is.
+        model: Its model chunks, without wrappers.
+        stored: The plain state of the checkpoint to load from; None if it is to be saved.
+    """
+    mixed = config.mixed_precision
+    if not isinstance(mixed, MixedPrecisionConfig) or not mixed.fp8:
+        return {}
+    if mixed.fp8_recipe != "delayed":
+        return {}
+    length = mixed.fp8_amax_history_len
+    shards = quantized.history_shards(model, layout, length=length)
+    if stored is None:
+        return shards
+    same = stored["layout"].get("ep") == layout.ep and _history_length(stored) == length
+    if not same or not shards.keys() <= set(stored.get("scaling_history", ())):
+        logger.warning(
+            "the checkpoint has no FP8 scaling history for this model and layout: it starts anew,"
+            " so the first steps differ from a run that was never interrupted"
+        )
+        return {}
+    return shards
+
+
+def _history_length(stored: Mapping[str, Any]) -> int | None:
+    mixed = stored["config"].get("mixed_precision")
+    return mixed.get("fp8_amax_history_len", 1) if isinstance(mixed, dict) else None
 
 
 def plain_state(

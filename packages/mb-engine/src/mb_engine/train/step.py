@@ -28,6 +28,8 @@ _LOSS = "loss"
 class MicroBatchRunner:
     """Feeds micro-batches to a pipeline schedule and adds up what the objective returns.
 
+_PACKED = "packed_seq_params"
+_MASK = "loss_mask"
     Attributes:
         chunks: Model chunks of this rank, wrapped for data parallelism.
         layout: Where this rank is.
@@ -76,7 +78,9 @@ class MicroBatchRunner:
         if self._schedule is None:
             from megatron.core.pipeline_parallel import get_forward_backward_func
 
-            self._schedule = get_forward_backward_func()
+            from mb_engine.model.cuda_graphs import with_cuda_graphs
+
+            self._schedule = with_cuda_graphs(get_forward_backward_func(), self.chunks)
         return self._schedule
 
     def localize(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -99,13 +103,21 @@ class MicroBatchRunner:
             return iter(local)
         return [iter(local) for _ in self.chunks]
 
-    def _forward_step(self, data_iterator: Iterator[Mapping[str, Tensor]], model: nn.Module) -> Any:
+    def _forward_step(
+        self,
+        data_iterator: Iterator[Mapping[str, Any]],
+        model: Any,
+        return_schedule_plan: bool = False,
+    ) -> Any:
         batch = next(data_iterator)
         if self.forward_step is not None:
             output = self.forward_step(model, batch)
         else:
             token_losses = getattr(self.objective, "consumes", "logits") == "token_losses"
-            output = model(
+            packed = batch.get(_PACKED)
+            # With overlapped experts the schedule runs the layers, by a plan of the model.
+            call = model.build_schedule_plan if return_schedule_plan else model
+            output = call(
                 batch["tokens"],
                 batch.get("position_ids"),
                 None,
@@ -127,6 +139,11 @@ class MicroBatchRunner:
         # Float64 counts tokens exactly and keeps the sum independent of how it was split.
         if last_stage:
             rows = [torch.stack([x for n in names for x in sums[n]]).double() for sums in store]
+        if self.forward_step is not None and return_schedule_plan:
+            raise EngineError(
+                "comm_overlap.overlap_moe_expert_parallel_comm=True: the pipeline schedule calls the"
+                " model itself, and this run has a forward_step of its own; leave one of them out"
+            )
             packed = torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
             if self.layout.dp * self.layout.cp > 1:
                 torch.distributed.all_reduce(packed, group=self.layout.groups["dp_cp"])
