@@ -7,29 +7,35 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import define, field
+from attrs import define, evolve, field
 from mb_config.records import LossTerms
 
 from mb_engine.errors import EngineError
-from mb_engine.parallel.sequence import context_parallel_slice
+from mb_engine.model.auxiliary_losses import take_auxiliary_losses
+from mb_engine.parallel.sequence import (
+    BOUNDARIES,
+    LONGEST,
+    context_parallel_slice,
+    read_packing,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mb_config.records import ProcessLayout
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from mb_engine.interfaces import ForwardStep, Objective
 
 _LOSS = "loss"
+_PACKED = "packed_seq_params"
+_MASK = "loss_mask"
 
 
 @define(kw_only=True)
 class MicroBatchRunner:
     """Feeds micro-batches to a pipeline schedule and adds up what the objective returns.
 
-_PACKED = "packed_seq_params"
-_MASK = "loss_mask"
     Attributes:
         chunks: Model chunks of this rank, wrapped for data parallelism.
         layout: Where this rank is.
@@ -51,14 +57,16 @@ _MASK = "loss_mask"
 
         Args:
             batches: This data-parallel rank's micro-batches; tensors ``[B, S]``, all of one shape,
-                with ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``.
+                with ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``. A micro-batch of
+                one row with ``cu_seqlens`` is packed: its samples do not see each other
+                (:func:`mb_engine.parallel.sequence.read_packing`).
             forward_only: Compute the loss alone.
 
         Returns:
             Sums over all micro-batches of all data-parallel ranks, the same on every rank.
 
         Raises:
-            EngineError: If there are no micro-batches, or they differ in shape.
+            EngineError: If there are no micro-batches, they differ in shape, or are packed wrongly.
         """
         shape = _common_shape(batches)
         local = self.localize(batches)
@@ -71,7 +79,11 @@ _MASK = "loss_mask"
             micro_batch_size=shape[0],
             forward_only=forward_only,
         )
-        return self._reduce(store)
+        terms = self._reduce(store)
+        if forward_only:
+            return terms
+        beside = take_auxiliary_losses(self.chunks, self.layout, num_microbatches=len(local))
+        return evolve(terms, metrics={**terms.metrics, **beside})
 
     def schedule(self) -> Callable[..., Any]:
         """Return megatron-core's schedule for this pipeline layout."""
@@ -83,22 +95,36 @@ _MASK = "loss_mask"
             self._schedule = with_cuda_graphs(get_forward_backward_func(), self.chunks)
         return self._schedule
 
-    def localize(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Return *batches* on this rank's device, cut to its context-parallel part."""
-        device = torch.device(self.layout.device)
-        return [
-            context_parallel_slice(
-                {
-                    k: v if v.device == device else v.to(device, non_blocking=True)
-                    for k, v in batch.items()
-                },
-                cp=self.layout.cp,
-                cp_rank=self.layout.cp_rank,
-            )
-            for batch in batches
-        ]
+    def localize(self, batches: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+        """Return *batches* on this rank's device, cut to its context-parallel part.
 
-    def _iterators(self, local: list[dict[str, Tensor]]) -> Any:
+        Packed ones have ``packed_seq_params`` in place of their boundaries.
+        """
+        return [self._localize(batch) for batch in batches]
+
+    def _localize(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        layout = self.layout
+        device = torch.device(layout.device)
+        packing = read_packing(batch, cp=layout.cp)
+        local: dict[str, Any] = context_parallel_slice(
+            {
+                k: v if v.device == device else v.to(device, non_blocking=True)
+                for k, v in batch.items()
+                if packing is None or k not in {BOUNDARIES, LONGEST}
+            },
+            cp=layout.cp,
+            cp_rank=layout.cp_rank,
+            lengths=packing.lengths if packing is not None else None,
+        )
+        if packing is not None:
+            from mb_engine.model.attention.packed import PackedSequences
+
+            local[_PACKED] = PackedSequences.of(
+                packing, device=device, cp=layout.cp, cp_rank=layout.cp_rank
+            )
+        return local
+
+    def _iterators(self, local: list[dict[str, Any]]) -> Any:
         if len(self.chunks) == 1:
             return iter(local)
         return [iter(local) for _ in self.chunks]
@@ -110,6 +136,11 @@ _MASK = "loss_mask"
         return_schedule_plan: bool = False,
     ) -> Any:
         batch = next(data_iterator)
+        if self.forward_step is not None and return_schedule_plan:
+            raise EngineError(
+                "comm_overlap.overlap_moe_expert_parallel_comm=True: the pipeline schedule calls the"
+                " model itself, and this run has a forward_step of its own; leave one of them out"
+            )
         if self.forward_step is not None:
             output = self.forward_step(model, batch)
         else:
@@ -122,8 +153,16 @@ _MASK = "loss_mask"
                 batch.get("position_ids"),
                 None,
                 labels=batch["labels"] if token_losses else None,
+                **({} if packed is None else {_PACKED: packed}),
+                **({_MASK: batch[_MASK]} if self._predicts_ahead() else {}),
             )
         return output, partial(self._loss, batch)
+
+    def _predicts_ahead(self) -> bool:
+        """Return whether the model computes losses of its own, for which it needs the mask."""
+        from megatron.core.utils import get_model_config
+
+        return bool(getattr(get_model_config(self.chunks[0]), "mtp_num_layers", None))
 
     def _loss(self, batch: Mapping[str, Tensor], output: Tensor) -> Any:
         terms = self.objective(output, batch)
@@ -139,11 +178,6 @@ _MASK = "loss_mask"
         # Float64 counts tokens exactly and keeps the sum independent of how it was split.
         if last_stage:
             rows = [torch.stack([x for n in names for x in sums[n]]).double() for sums in store]
-        if self.forward_step is not None and return_schedule_plan:
-            raise EngineError(
-                "comm_overlap.overlap_moe_expert_parallel_comm=True: the pipeline schedule calls the"
-                " model itself, and this run has a forward_step of its own; leave one of them out"
-            )
             packed = torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]
             if self.layout.dp * self.layout.cp > 1:
                 torch.distributed.all_reduce(packed, group=self.layout.groups["dp_cp"])
