@@ -31,6 +31,7 @@ def resolve(draft: Draft) -> None:
         _attention(draft)
         _mlp(draft)
         _positions(draft)
+        _multi_token(draft)
     _vocabulary(draft)
     _kernels(draft)
     _pass_through(draft)
@@ -60,6 +61,15 @@ def _attention(draft: Draft) -> None:
         f"must be a multiple or a divisor of tensor_model_parallel_size={tp}",
         "change one of them",
     )
+    if model.multi_latent_attention:
+        _latent_attention(draft)
+        return
+    draft.require(
+        model.q_lora_rank is None,
+        "model.q_lora_rank",
+        "needs multi_latent_attention",
+        "set model.multi_latent_attention=true, or leave it out",
+    )
     if model.kv_channels is not None:
         return
     if draft.require(
@@ -70,6 +80,70 @@ def _attention(draft: Draft) -> None:
     ):
         why = f"hidden_size {model.hidden_size} / num_attention_heads {heads}"
         draft.derive("model.kv_channels", model.hidden_size // heads, why)
+
+
+def _latent_attention(draft: Draft) -> None:
+    model = draft.config.model
+    width = model.qk_head_dim + model.qk_pos_emb_head_dim
+    why = f"qk_head_dim {model.qk_head_dim} + qk_pos_emb_head_dim {model.qk_pos_emb_head_dim}"
+    draft.fix("model.kv_channels", width, why)
+    draft.require(
+        model.num_query_groups == model.num_attention_heads,
+        "model.num_query_groups",
+        "multi_latent_attention has a key and a value for each head",
+        "leave it out",
+    )
+    draft.require(
+        model.qk_pos_emb_head_dim % 2 == 0,
+        "model.qk_pos_emb_head_dim",
+        "rope turns pairs: it must be even",
+        "choose an even width",
+    )
+    draft.require(
+        model.position_embedding_type == "rope" and model.rotary_percent == 1,
+        "model.position_embedding_type",
+        "multi_latent_attention has rotary positions, in all of qk_pos_emb_head_dim",
+        "set model.position_embedding_type=rope and model.rotary_percent=1",
+    )
+    draft.require(
+        not model.add_qkv_bias,
+        "model.add_qkv_bias",
+        "the projections of multi_latent_attention have no bias",
+        "set it to false",
+    )
+    draft.require(
+        model.tensor_model_parallel_size == 1 or model.sequence_parallel,
+        "model.sequence_parallel",
+        "multi_latent_attention with tensor parallelism needs it for the gradients of what ranks"
+        " share",
+        "set model.sequence_parallel=true",
+    )
+
+
+def _multi_token(draft: Draft) -> None:
+    model, recompute = draft.config.model, draft.config.recompute
+    if model.mtp_num_layers is None:
+        return
+    draft.require(
+        model.position_embedding_type != "learned_absolute",
+        "model.mtp_num_layers",
+        "predictions ahead do not go with learned positions",
+        "use model.position_embedding_type=rope",
+    )
+    draft.require(
+        not model.share_embeddings_and_output_weights or model.pipeline_model_parallel_size == 1,
+        "model.mtp_num_layers",
+        "with pipeline stages it does not go with share_embeddings_and_output_weights:"
+        " megatron-core keeps an output weight there that nothing trains",
+        "set one of them to its default",
+    )
+    draft.require(
+        recompute.recompute_granularity != "full"
+        or (recompute.recompute_method == "uniform" and recompute.recompute_num_layers == 1),
+        "model.mtp_num_layers",
+        "predictions ahead are recomputed one layer at a time",
+        "set recompute.recompute_method=uniform and recompute.recompute_num_layers=1",
+    )
 
 
 def _mlp(draft: Draft) -> None:
@@ -105,7 +179,8 @@ def _positions(draft: Draft) -> None:
         f"must be at least seq_length={model.seq_length}",
         "raise it, or leave it out",
     )
-    if model.position_embedding_type != "rope" or model.kv_channels is None:
+    latent = model.multi_latent_attention  # rotates a part of its own
+    if model.position_embedding_type != "rope" or model.kv_channels is None or latent:
         return
     rotated = model.kv_channels * model.rotary_percent
     name = "kv_channels" if model.rotary_percent == 1 else "rotary_percent"

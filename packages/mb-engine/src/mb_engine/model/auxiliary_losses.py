@@ -30,26 +30,31 @@ def take_auxiliary_losses(
         num_microbatches: Of one data-parallel rank.
 
     Returns:
-        Sum and count by name, the same on every rank; their ratio is the mean over micro-batches,
-        and for experts also over layers. The losses are without their coefficients.
+        Sum and count by name, the same on every rank. Their ratio is the mean over the layers with
+        experts and over micro-batches (``load_balancing_loss`` and others, without coefficients),
+        or over the tokens predicted (``mtp_1_loss``, ``mtp_2_loss``, ...).
     """
     from megatron.core.utils import get_model_config
 
     from mb_engine.model.moe_router import BalancedRouter
 
     config = get_model_config(chunks[0])
-    names = _balancing_losses(config)
-    if not names:
+    names, depth = _balancing_losses(config), getattr(config, "mtp_num_layers", None) or 0
+    if not names and not depth:
         return {}
-    routers = [m for c in chunks for m in c.modules() if isinstance(m, BalancedRouter)]
+    modules = [m for c in chunks for m in c.modules()] if names else []
+    routers = [m for m in modules if isinstance(m, BalancedRouter)]
     nothing = torch.zeros((), dtype=torch.float32, device=layout.device)
     found = [_taken(routers, name, nothing) for name in names]
-    packed = torch.stack([*found, nothing + len(routers)]).double()
+    found += [*_taken_ahead(chunks, depth, nothing).flatten(), nothing + len(routers)]
+    packed = torch.stack(found).double()
     torch.distributed.all_reduce(packed)
     *sums, parts = packed.unbind()
     alike = layout.tp * layout.cp * layout.dp
-    result = {}
-    for name, total in zip(names, sums, strict=True):
+    # Tensor-parallel ranks have the same predictions ahead.
+    ahead = [x / layout.tp for x in sums[len(names) :]]
+    result = {f"mtp_{k + 1}_loss": (ahead[2 * k], ahead[2 * k + 1]) for k in range(depth)}
+    for name, total in zip(names, sums[: len(names)], strict=True):
         together = name.startswith("global_")  # one loss for all data-parallel ranks
         losses = num_microbatches * (1 if together else layout.dp)
         result[name] = total, parts * (losses / alike)
@@ -77,4 +82,15 @@ def _taken(routers: Sequence[Any], name: str, nothing: Tensor) -> Tensor:
     total = torch.stack(parts).sum(0)
     for part in parts:
         part.zero_()
+    return total
+
+
+def _taken_ahead(chunks: Sequence[Any], depth: int, nothing: Tensor) -> Tensor:
+    """Return the sums of loss and count of predictions ahead ``[depth, 2]``; zero them there."""
+    total = nothing.expand(depth, 2).clone()
+    models = [m for c in chunks for m in c.modules() if hasattr(m, "recorded_ahead")]
+    for model in models if depth else []:
+        if model.recorded_ahead is not None:
+            total += model.recorded_ahead
+            model.recorded_ahead.zero_()
     return total

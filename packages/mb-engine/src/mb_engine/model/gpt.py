@@ -37,11 +37,16 @@ def transformer_config(config: ConfigContainer) -> Any:
             have.
         EngineError: If ``model.layer_spec`` is ``te`` where it cannot run.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
     from mb_engine.model.layer_specs import choose_layer_spec
 
-    known = {f.name for f in dataclasses.fields(TransformerConfig) if f.init}
+    latent = config.model.multi_latent_attention
+    config_class = MLATransformerConfig if latent else TransformerConfig
+    known = {f.name for f in dataclasses.fields(config_class) if f.init}
     values = {
         name: value
         for section in _SECTIONS
@@ -62,7 +67,7 @@ def transformer_config(config: ConfigContainer) -> Any:
     values["use_te_rng_tracker"] = config.rng.te_rng_tracker
     extra = dict(model.megatron)
     _check_extra(extra, known=known)
-    made = TransformerConfig(**{k: v for k, v in (values | extra).items() if k in known})
+    made = config_class(**{k: v for k, v in (values | extra).items() if k in known})
     # Megatron-core has no such fields; the torch layers read them.
     made.attn_logit_softcapping = model.attn_logit_softcapping
     made.final_logit_softcapping = model.final_logit_softcapping
@@ -119,17 +124,17 @@ def build_model(config: ConfigContainer, layout: ProcessLayout) -> list[Any]:
 def _build_chunk(
     config: ConfigContainer, megatron_config: Any, layout: ProcessLayout, vp_stage: int | None
 ) -> Any:
-    from megatron.core.models.gpt import GPTModel
-
     from mb_engine.model.language_model import TorchGPTModel
-    from mb_engine.model.layer_specs import block_spec, choose_layer_spec
+    from mb_engine.model.layer_specs import block_spec, choose_layer_spec, multi_token_spec
+    from mb_engine.model.multi_token import MultiTokenGPTModel
 
     model = config.model
     layer_spec = choose_layer_spec(config)
     spec = block_spec(megatron_config, layer_spec=layer_spec, vp_stage=vp_stage)
-    return (TorchGPTModel if layer_spec == "torch" else GPTModel)(
+    return (TorchGPTModel if layer_spec == "torch" else MultiTokenGPTModel)(
         config=megatron_config,
         transformer_layer_spec=spec,
+        mtp_block_spec=multi_token_spec(megatron_config, layer_spec=layer_spec, vp_stage=vp_stage),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=model.max_position_embeddings or model.seq_length,
         pre_process=layout.pp_rank == 0 and vp_stage in (None, 0),
@@ -162,6 +167,7 @@ def _translated(model: Any) -> dict[str, Any]:
     }
     return {
         "activation_func": activations[model.activation_func],
+        "q_lora_rank": model.q_lora_rank,  # None says something: queries are not compressed
         "attention_backend": AttnBackend[model.attention_backend],
         "params_dtype": _DTYPES[model.params_dtype or "float32"],
         "pipeline_dtype": _DTYPES[model.pipeline_dtype or model.params_dtype or "float32"],

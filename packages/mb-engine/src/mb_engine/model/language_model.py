@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from megatron.core.models.gpt import GPTModel
-
 from mb_engine.model.cross_entropy import token_cross_entropy
 from mb_engine.model.linears import CappedColumnLinear, ColumnLinear
+from mb_engine.model.multi_token import MultiTokenGPTModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TorchGPTModel(GPTModel):  # type: ignore[misc]
+class TorchGPTModel(MultiTokenGPTModel):
     """``GPTModel`` that computes the loss of a whole vocabulary in one place.
 
     Megatron-core's loss is for a vocabulary split over tensor-parallel ranks; it is used where the

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+from mb_config.pipeline import stage_chunks
 from mb_config.records import ProcessLayout
 from torch.distributed.rendezvous import rendezvous
 
@@ -19,6 +20,7 @@ from mb_engine.runtime.device import Device, select_device
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
+    from mb_config.sections.model import ModelConfig
 
 _STORES: dict[tuple[str, str], Any] = {}  # the launcher's, or rank 0's: it lives with the process
 _ROUNDS = itertools.count()
@@ -190,8 +192,19 @@ def _make_groups(config: ConfigContainer, device: Device) -> None:
         distributed_timeout_minutes=dist.distributed_timeout_minutes,
         order="tp-cp-ep-pp-dp" if dist.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         create_gloo_process_groups=dist.use_gloo_process_groups,
+        **_embedding_ranks(model),
         **nccl_only,
     )
+
+
+def _embedding_ranks(model: ModelConfig) -> dict[str, Any]:
+    """Return which ranks of a pipeline hold the embedding, if not the first and the last alone."""
+    if not model.mtp_num_layers or model.pipeline_model_parallel_layout is None:
+        return {}
+    holders = {0} | {
+        stage for stage, chunks in enumerate(stage_chunks(model)) if any(c.mtp for c in chunks)
+    }
+    return {"get_embedding_ranks": lambda ranks: [ranks[stage] for stage in sorted(holders)]}
 
 
 def _layout(config: ConfigContainer, device: Device) -> ProcessLayout:

@@ -6,6 +6,7 @@ what                                    0.16.1                       0.19.2
 ======================================  ===========================  ==============================
 ``moe_utils.te_general_gemm``           undefined without TE         None without TE
 recomputed norms without TE             NameError                    NameError
+latent attention without TE             TypeError                    TypeError
 Megatron-FSDP with TP, without TE       TypeError                    goes by class names
 ``fp32_residual_connection``            of the embedding alone       of every layer
 spec of the expert layer                ``ModuleSpec``               ``functools.partial``
@@ -64,6 +65,7 @@ def prepare_megatron() -> None:
         moe_utils.te_general_gemm = None
     _do_without_te()
     _keep_residuals_in_float32()
+    _latent_attention_without_te()
     _replace_what_warns_at_each_call()
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
@@ -116,6 +118,20 @@ def _keep_residuals_in_float32() -> None:
         return add((x, bias), residual, prob, training)
 
     fused._bias_dropout_add_func = add_in_dtype_of_residual  # noqa: SLF001
+
+
+def _latent_attention_without_te() -> None:
+    """Let latent attention do without Transformer Engine and without CUDA.
+
+    It takes Transformer Engine to be there although its own import of it failed, and computes
+    stretched rotary positions on the CUDA device whatever the model is on.
+    """
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    if not isinstance(latent.TELinear, type):
+        latent.HAVE_TE = False
+    yarn = latent.YarnRotaryEmbedding
+    if not torch.cuda.is_available() and not isinstance(yarn, functools.partial):
+        latent.YarnRotaryEmbedding = functools.partial(yarn, use_cpu_initialization=True)
 
 
 def _without_triton() -> types.ModuleType:
