@@ -86,14 +86,15 @@ class Outcome:
         return "; ".join(problems)
 
 
-def difference(ranks, reference, *, with_scales=True):
+def difference(ranks, reference, *, norm_steps=STEPS, with_scales=True):
     """Return the :class:`Difference` of what all *ranks* saw to what one rank saw."""
     worst_loss = worst_norm = worst_parameters = 0.0
     scales = True
     for seen in ranks:
         pairs = zip(seen["losses"], reference["losses"], strict=True)
         worst_loss = max([worst_loss, *(_gap(a - b) for a, b in pairs)])
-        for norm, expected in zip(seen["norms"], reference["norms"], strict=True):
+        norms = list(zip(seen["norms"], reference["norms"], strict=True))
+        for norm, expected in norms[:norm_steps]:
             if norm is None or expected is None:
                 scales &= (norm is None) == (expected is None) or not with_scales
             else:
@@ -122,9 +123,9 @@ def measure(rows, *, others=(), steps=STEPS, timeout_s=TIMEOUT_S):
     Returns:
         An :class:`Outcome` a row, and what all ranks saw, by ranks and run.
     """
-    references = {r.reference for r in rows} | {r.reference_in_fp32 for r in rows if r.wider_bound}
-    wanted = {(1, overrides) for overrides in references}
-    wanted |= {(r.ranks, r.overrides) for r in rows} | set(others)
+    wanted = {(r.ranks, Run(r.overrides, packed=r.packed)) for r in rows} | set(others)
+    wanted |= {(1, Run(r.reference, packed=r.packed)) for r in rows}
+    wanted |= {(1, Run(r.reference_in_fp32, packed=r.packed)) for r in rows if r.wider_bound}
     seen = {}
     for ranks in sorted({n for n, _ in wanted}):
         cases = sorted(run for n, run in wanted if n == ranks)
@@ -139,10 +140,11 @@ def _outcome(row, seen):
     to_fp32 = None
     if row.wider_bound:
         (plain,) = seen[1, Run(row.reference_in_fp32, packed=row.packed)]
-        to_fp32 = difference(ranks, plain, with_scales=False)
+        steps = row.wider_bound.norm_steps
+        to_fp32 = difference(ranks, plain, norm_steps=steps, with_scales=False)
     return Outcome(
         row=row,
-        difference=difference(ranks, reference),
+        difference=difference(ranks, reference, norm_steps=row.bound.norm_steps),
         to_fp32=to_fp32,
         fall=reference["losses"][0] - reference["losses"][-1],
         parameters_norm=ranks[0]["parameters_norm"],
