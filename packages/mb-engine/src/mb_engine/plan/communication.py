@@ -211,16 +211,22 @@ def _dispatch(
     model: ModelConfig, degrees: Degrees, sizes: Sizes, *, recomputed: bool
 ) -> Iterator[tuple[str, str, float]]:
     """Yield what sending tokens to experts and back takes, forward and backward."""
-    times = 6 if recomputed else 4
+    forwards = 2 if recomputed else 1
     row = model.hidden_size * sizes.element
     if model.moe_token_dispatcher_type == "allgather":  # noqa: S105 - no password
-        ranks = degrees.ep * degrees.etp
-        sent = (ranks - 1) * sizes.spread_tokens * row
-        yield "ep", "ep_all_gather", sent * times / 2
-        yield "ep", "ep_reduce_scatter", sent * times / 2
+        ranks, experts = degrees.ep * degrees.etp, model.num_moe_experts or 0
+        sent = (ranks - 1) * sizes.spread_tokens
+        # Beside the tokens, who goes where and with which weight.
+        weights = experts * sizes.element
+        forward = row + weights + experts
+        yield "ep", "ep_all_gather", sent * (forward * forwards + row)
+        yield "ep", "ep_reduce_scatter", sent * (row * forwards + row + weights)
         return
+    times = 2 * (forwards + 1)
     routed = sizes.spread_tokens * model.moe_router_topk * row
-    yield "ep", "ep_all_to_all", ring_share(degrees.ep) * routed * times
+    weights = sizes.spread_tokens * model.moe_router_topk * sizes.element
+    sent = routed * times + weights * (forwards + 1)
+    yield "ep", "ep_all_to_all", ring_share(degrees.ep) * sent
     gathered = ring_share(degrees.etp) * routed * degrees.etp
     yield "etp", "etp_all_gather", gathered * times / 2
     yield "etp", "etp_reduce_scatter", gathered * times / 2
