@@ -71,13 +71,7 @@ def _context(draft: Draft) -> None:
                 "leave it out, or raise model.context_parallel_size",
             )
         return
-    draft.require(
-        model.calculate_per_token_loss,
-        "model.calculate_per_token_loss",
-        "must be true with context parallelism: the mean of the means over parts of a sequence is"
-        " not the mean over its tokens",
-        "set it to true",
-    )
+    _whole_means(draft)
     draft.require(
         model.seq_length % (2 * cp) == 0,
         "model.seq_length",
@@ -117,6 +111,16 @@ def _context(draft: Draft) -> None:
         "model.hierarchical_context_parallel_sizes",
         "only cp_comm_type a2a+p2p uses it",
         "leave it out, or set model.cp_comm_type=a2a+p2p",
+    )
+
+
+def _whole_means(draft: Draft) -> None:
+    draft.require(
+        draft.config.model.calculate_per_token_loss,
+        "model.calculate_per_token_loss",
+        "must be true with context parallelism: the mean of the means over parts of a sequence is"
+        " not the mean over its tokens",
+        "set it to true",
     )
 
 

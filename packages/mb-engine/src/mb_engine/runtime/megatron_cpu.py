@@ -26,6 +26,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import frozen
 
+from mb_engine.runtime.cpu_collectives import (
+    all_to_all_of_lists,
+    uneven_all_gather,
+    uneven_reduce_scatter,
+)
 from mb_engine.runtime.cpu_streams import Event, Stream
 
 if TYPE_CHECKING:
@@ -206,63 +211,16 @@ def _random() -> Iterator[Replacement]:
 
 
 def _all_to_all() -> Iterator[Replacement]:
-    exchange = torch.distributed.all_to_all_single
-
-    def as_list(sizes: Any) -> Any:
-        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
-
-    @functools.wraps(exchange)
-    def all_to_all_single(
-        output: Tensor,
-        input: Tensor,  # noqa: A002 - torch's name, which callers use
-        output_split_sizes: Any = None,
-        input_split_sizes: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        return exchange(
-            output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs
-        )
-
-    yield Replacement(owner=torch.distributed, name="all_to_all_single", value=all_to_all_single)
+    exchange = all_to_all_of_lists(torch.distributed.all_to_all_single)
+    yield Replacement(owner=torch.distributed, name="all_to_all_single", value=exchange)
 
 
 def _uneven_collectives() -> Iterator[Replacement]:
     dist = torch.distributed
-    gather, reduce_and_scatter = dist.all_gather, dist.reduce_scatter
-
-    def all_alike(tensors: list[Tensor]) -> bool:
-        return all(tensor.shape == tensors[0].shape for tensor in tensors)
-
-    @functools.wraps(gather)
-    def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, **kw: Any) -> Any:
-        if all_alike(tensor_list):
-            return gather(tensor_list, tensor, group, **kw)
-        padded = tensor.new_zeros((max(map(len, tensor_list)), *tensor.shape[1:]))
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in tensor_list]
-        gather(parts, padded, group)
-        for output, part in zip(tensor_list, parts, strict=True):
-            output.copy_(part[: len(output)])
-        return None
-
-    @functools.wraps(reduce_and_scatter)
-    def reduce_scatter(
-        output: Tensor,
-        input_list: list[Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        **kw: Any,
-    ) -> Any:
-        if all_alike(input_list):
-            return reduce_and_scatter(output, input_list, op, group, **kw)
-        whole = torch.cat(input_list)
-        dist.all_reduce(whole, op, group)
-        sizes = [len(part) for part in input_list]
-        output.copy_(whole.split(sizes)[dist.get_rank(group)])
-        return None
-
-    yield Replacement(owner=dist, name="all_gather", value=all_gather)
-    yield Replacement(owner=dist, name="reduce_scatter", value=reduce_scatter)
+    gather = uneven_all_gather(dist.all_gather)
+    scatter = uneven_reduce_scatter(dist.reduce_scatter)
+    yield Replacement(owner=dist, name="all_gather", value=gather)
+    yield Replacement(owner=dist, name="reduce_scatter", value=scatter)
 
 
 PATCHES: tuple[Patch, ...] = (
