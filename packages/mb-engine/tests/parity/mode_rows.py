@@ -184,6 +184,16 @@ BALANCED = (*MOE, "model.moe_aux_loss_coeff=0.05", "model.moe_z_loss_coeff=0.01"
 SHARED_EXPERT = (*BALANCED, "model.moe_shared_expert_intermediate_size=64")
 # Scales that overflow for some steps, which then are skipped, on all ranks alike.
 OVERFLOW = ("optimizer.initial_loss_scale=16384", "optimizer.hysteresis=1")
+AHEAD = ("model.mtp_num_layers=1",)
+LATENT = (
+    "model.num_query_groups=null",
+    "model.multi_latent_attention=true",
+    "model.q_lora_rank=32",
+    "model.kv_lora_rank=16",
+    "model.qk_head_dim=16",
+    "model.qk_pos_emb_head_dim=8",
+    "model.v_head_dim=16",
+)
 RAMP = (f"train.rampup_batch_size=[4, 4, {4 * 6}]",)
 
 UNIFORM = (
@@ -250,6 +260,27 @@ TABLE: tuple[Row, ...] = (
     ),
     row("Pipeline", "PP2, LayerNorm and biases", 2, PP2, shared=BIASES),
     row("Pipeline", "PP2, batch ramp-up", 2, PP2, shared=RAMP),
+    row(
+        "Pipeline",
+        "PP2, layout Ettt|tL",
+        2,
+        PP2,
+        ("model.pipeline_model_parallel_layout=Ettt|tL",),
+    ),
+    row(
+        "Pipeline",
+        "PP2 x VPP2, layout Et|t|t|tL",
+        2,
+        PP2,
+        ("model.pipeline_model_parallel_layout=Et|t|t|tL",),
+    ),
+    # Prediction ahead (MTP) and latent attention (MLA)
+    row("Models", "MTP, PP2", 2, PP2, shared=AHEAD),
+    row("Models", "MTP, TP2 + SP", 2, TP2, SP, shared=AHEAD),
+    row("Models", "MTP, DP2, distributed optimizer", 2, DISTRIBUTED, shared=AHEAD),
+    row("Models", "MLA, TP2 + SP", 2, TP2, SP, shared=LATENT),
+    row("Models", "MLA, PP2", 2, PP2, shared=LATENT, short=True),
+    row("Models", "MLA, CP2", 2, CP2, shared=LATENT),
     # Context parallelism
     row("Context", "CP2, all_gather", 2, CP2, ("model.cp_comm_type=all_gather",), short=True),
     row("Context", "CP4, all_gather", 4, CP4, ("model.cp_comm_type=all_gather",)),

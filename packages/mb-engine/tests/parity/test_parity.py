@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 
 import pytest
+from mb_engine.testing import tiny_config
 from mode_report import measure
 from mode_rows import BASE, SP, TABLE, TP2, Row
 from mode_training import Run
@@ -63,3 +64,17 @@ def test_the_table_names_each_mode_once_and_covers_every_kind():
     assert len(TABLE) >= 40
     assert {row.kind for row in TABLE} == {row.kind for row in SHORT}
     assert {1, 2, 4} == {row.ranks for row in TABLE}
+
+
+def test_samples_of_a_packed_row_do_not_see_each_other(measured):
+    """Or the packed rows would compare the same as the others."""
+    seen = measured[1]
+    row = next(row for row in SHORT if row.packed)
+    (packed,) = seen[1, Run(row.reference, packed=True)]
+    (apart,) = seen[1, Run(BASE)]
+    assert abs(packed["losses"][10] - apart["losses"][10]) > 1e-3
+
+
+def test_every_row_is_a_valid_configuration():
+    for row in TABLE:
+        tiny_config(*row.overrides).finalize(row.ranks)
