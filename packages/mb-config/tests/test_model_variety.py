@@ -9,6 +9,8 @@ from mb_config.pipeline import parse_layout, stage_chunks
 
 PP2 = "model.pipeline_model_parallel_size=2"
 MOE = "model.num_moe_experts=4"
+MLA = "model.multi_latent_attention=true"
+AHEAD = "model.mtp_num_layers=1"
 LAYOUT = "model.pipeline_model_parallel_layout"
 
 
@@ -60,6 +62,26 @@ BROKEN = [
     ([MOE, "model.tensor_model_parallel_size=2", "model.sequence_parallel=true",
       "model.expert_tensor_parallel_size=1"], "model.expert_tensor_parallel_size",
      "gives wrong gradients without expert parallelism"),
+    (["model.q_lora_rank=8"], "model.q_lora_rank", "needs multi_latent_attention"),
+    ([MLA], "model.num_query_groups", "a key and a value for each head"),
+    ([MLA, "model.num_query_groups=null", "model.kv_channels=7"], "model.kv_channels",
+     "would be 192"),
+    ([MLA, "model.num_query_groups=null", "model.qk_pos_emb_head_dim=7"],
+     "model.qk_pos_emb_head_dim", "must be even"),
+    ([MLA, "model.num_query_groups=null", "model.position_embedding_type=none"],
+     "model.position_embedding_type", "has rotary positions"),
+    ([MLA, "model.num_query_groups=null", "model.add_qkv_bias=true"], "model.add_qkv_bias",
+     "have no bias"),
+    ([MLA, "model.num_query_groups=null", "model.tensor_model_parallel_size=2"],
+     "model.sequence_parallel", "what ranks share"),
+    ([AHEAD, "model.position_embedding_type=learned_absolute"], "model.mtp_num_layers",
+     "do not go with learned positions"),
+    ([AHEAD, PP2, "model.share_embeddings_and_output_weights=true"], "model.mtp_num_layers",
+     "an output weight there that nothing trains"),
+    ([AHEAD, ("recompute={recompute_granularity: full, recompute_method: block,"
+      " recompute_num_layers: 1}")], "model.mtp_num_layers", "one layer at a time"),
+    ([AHEAD, "model.window_size=[4, 0]", "model.window_attn_skip_freq=[1, 0, 1, 0]"],
+     "model.mtp_num_layers", "no place in a list"),
 ]  # fmt: skip
 
 

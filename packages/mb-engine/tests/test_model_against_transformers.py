@@ -229,3 +229,172 @@ def test_gpt2_with_layer_norm_biases_gelu_and_learned_positions(process_groups):
         positions = torch.arange(LENGTH).expand(2, -1)
         expected = theirs(tokens).logits
         torch.testing.assert_close(ours(tokens, positions, None), expected, rtol=1e-5, atol=5e-6)
+
+
+QWEN_MOE = LLAMA | {
+    "decoder_sparse_step": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 96,
+    "norm_topk_prob": False,
+}
+DEEPSEEK = {
+    "vocab_size": VOCAB,
+    "hidden_size": HEADS * HEAD,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "rms_norm_eps": 1e-6,  # what its norms of compressed states have, whatever is set
+    "max_position_embeddings": LENGTH,
+    "tie_word_embeddings": False,
+    "attn_implementation": "eager",
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+LATENT = [
+    "model.multi_latent_attention=true",
+    "model.num_query_groups=null",
+    "model.q_lora_rank=24",
+    "model.kv_lora_rank=16",
+    "model.qk_head_dim=16",
+    "model.qk_pos_emb_head_dim=8",
+    "model.v_head_dim=12",
+    "model.qk_layernorm=true",
+]
+FINE_GRAINED = {
+    "qwen2 moe, gated shared expert": (
+        lambda: transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**QWEN_MOE)),
+        [
+            "model.add_qkv_bias=true",
+            "model.num_moe_experts=4",
+            "model.moe_ffn_hidden_size=48",
+            "model.moe_router_pre_softmax=true",
+            "model.moe_shared_expert_intermediate_size=96",
+            "model.moe_shared_expert_gate=true",
+        ],
+    ),
+    "deepseek v3, latent attention, biased groups of experts": (
+        lambda: transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**DEEPSEEK)),
+        [
+            *LATENT,
+            "model.layernorm_epsilon=1e-6",
+            "model.num_moe_experts=4",
+            "model.moe_layer_freq=[0, 1]",
+            "model.moe_ffn_hidden_size=48",
+            "model.moe_router_score_function=sigmoid",
+            "model.moe_router_enable_expert_bias=true",
+            "model.moe_router_load_balancing_type=none",
+            "model.moe_router_num_groups=2",
+            "model.moe_router_group_topk=1",
+            "model.moe_router_topk_scaling_factor=1.5",
+            "model.moe_shared_expert_intermediate_size=48",
+        ],
+    ),
+}
+LATENT_NAMES = {
+    "q_a_proj": "linear_q_down_proj",
+    "q_a_layernorm": "q_layernorm",
+    "q_b_proj": "linear_q_up_proj",
+    "kv_a_proj_with_mqa": "linear_kv_down_proj",
+    "kv_a_layernorm": "kv_layernorm",
+    "kv_b_proj": "linear_kv_up_proj",
+}
+
+
+def gated_mlp(theirs, prefix, ours):
+    gate, up, down = (theirs[f"{prefix}.{x}_proj.weight"] for x in ("gate", "up", "down"))
+    return {
+        f"{ours}.linear_fc1.weight": torch.cat([gate, up]),
+        f"{ours}.linear_fc2.weight": down,
+    }
+
+
+def fine_grained_layer(theirs, i):
+    """Return the weights of one layer of Qwen2-MoE or DeepSeek-V3 under megatron-core's names."""
+    p = f"model.layers.{i}."
+    mlp = p + "mlp"
+    dense = {p + f"mlp.{x}_proj.weight": torch.zeros(1, 1) for x in ("gate", "up", "down")}
+    heads = {"q": HEADS, "k": GROUPS, "v": GROUPS}
+    attention = {
+        f"{p}self_attn.{x}_proj.weight": torch.zeros(n * HEAD, 1) for x, n in heads.items()
+    }
+    latent = p + "self_attn.q_a_proj.weight" in theirs
+    ours = layer_weights(dense | (attention if latent else {}) | theirs, i, 0)
+    if latent:
+        del ours["self_attention.linear_qkv.weight"]
+        for name, mine in LATENT_NAMES.items():
+            ours[f"self_attention.{mine}.weight"] = theirs[f"{p}self_attn.{name}.weight"]
+    if mlp + ".gate.weight" not in theirs:
+        return ours
+    del ours["mlp.linear_fc1.weight"], ours["mlp.linear_fc2.weight"]
+    ours["mlp.router.weight"] = theirs[mlp + ".gate.weight"]
+    for e in range(4):
+        ours |= gated_mlp(theirs, f"{mlp}.experts.{e}", f"mlp.experts.local_experts.{e}")
+    shared = "shared_experts" if latent else "shared_expert"
+    ours |= gated_mlp(theirs, f"{mlp}.{shared}", "mlp.shared_experts")
+    if not latent:
+        ours["mlp.shared_experts.gate_weight"] = theirs[mlp + ".shared_expert_gate.weight"]
+    return ours
+
+
+def fine_grained(theirs):
+    ours = to_ours(theirs, layers=0, experts=0, tied=False)
+    for i in range(2):
+        for name, value in fine_grained_layer(theirs, i).items():
+            ours[f"decoder.layers.{i}.{name}"] = value
+    return ours
+
+
+@pytest.mark.parametrize("case", FINE_GRAINED)
+def test_fine_grained_experts_are_those_of(case, process_groups):
+    make, overrides = FINE_GRAINED[case]
+    torch.manual_seed(0)
+    theirs = make().eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    ours = build(process_groups, overrides)
+    parameters, weights = (
+        dict(ours.named_parameters()),
+        fine_grained(dict(theirs.named_parameters())),
+    )
+    assert set(weights) == set(parameters)
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # Larger than differences of scores, so that it changes the choice.
+                buffer.copy_(torch.randn(4) * 0.05)
+                ours.decoder.layers[1].mlp.router.expert_bias.copy_(buffer)
+
+    ids = torch.randint(0, VOCAB, (2, LENGTH + 1))
+    tokens, labels = ids[:, :-1], ids[:, 1:].contiguous()
+    expected = theirs(tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens, None, None), expected, rtol=1e-5, atol=2e-6)
+    ours(tokens, None, None, labels=labels).sum().backward()
+    losses = -expected.double().log_softmax(-1).gather(-1, labels[..., None])
+    losses.sum().backward()
+    gradients = fine_grained(
+        {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in theirs.named_parameters()}
+    )
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            parameters[name].grad, gradient, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -9,6 +9,14 @@ from mb_engine.model.flops import flops_per_token, visible_keys_per_query
 from mb_engine.testing import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
+LATENT = [
+    "model.multi_latent_attention=true",
+    "model.num_query_groups=null",
+    "model.kv_lora_rank=16",
+    "model.qk_head_dim=16",
+    "model.qk_pos_emb_head_dim=8",
+    "model.v_head_dim=12",
+]
 MODELS = {
     "grouped queries, gated": [],
     "a group a head, not gated": [
@@ -24,6 +32,21 @@ MODELS = {
         "model.moe_router_pre_softmax=true",
         "model.moe_shared_expert_intermediate_size=96",
         "model.moe_ffn_hidden_size=32",
+    ],
+    "a gated shared expert": [
+        "model.num_moe_experts=4",
+        "model.moe_shared_expert_intermediate_size=96",
+        "model.moe_shared_expert_gate=true",
+    ],
+    "a window in one layer": ["model.window_size=[5, 0]", "model.window_attn_skip_freq=2"],
+    "latent attention": LATENT,
+    "latent attention, queries compressed": [*LATENT, "model.q_lora_rank=24"],
+    "predictions ahead": ["model.mtp_num_layers=2"],
+    "predictions ahead of experts": [
+        *LATENT,
+        "model.mtp_num_layers=1",
+        "model.num_moe_experts=4",
+        "model.moe_layer_freq=[0,1]",
     ],
 }
 
@@ -52,11 +75,34 @@ def test_operations_are_those_that_torch_counts(model, layout):
     with FlopCounterMode(display=False) as counter:
         chunk(tokens, None, None, labels=tokens).sum().backward()
     section = config.model
-    hidden_keys = section.seq_length - visible_keys_per_query(section)
-    width = section.num_attention_heads * section.kv_channels
-    not_causal = 3 * section.num_layers * 2 * 2 * width * hidden_keys
+    widths = section.kv_channels + (
+        section.v_head_dim if section.multi_latent_attention else section.kv_channels
+    )
+    layers = section.num_layers + (section.mtp_num_layers or 0)
+    hidden_keys = sum(
+        section.seq_length - visible_keys_per_query(section, layer=i) for i in range(layers)
+    )
+    not_causal = 3 * 2 * section.num_attention_heads * widths * hidden_keys
     counted = counter.get_total_flops() / tokens.numel()
-    assert counted == pytest.approx(flops_per_token(config) + not_causal, rel=1e-6)
+    assert counted == pytest.approx(flops_per_token(config) + not_causal, rel=1e-9)
+
+
+def test_packed_samples_see_their_own_keys_alone():
+    config = tiny_config("model.window_size=[3, 0]").finalize(1)
+    lengths = [1, 20, 3, 8]
+    sample = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    place = torch.arange(32)
+    distance = place[:, None] - place[None, :]
+    visible = (sample[:, None] == sample[None, :]) & (distance >= 0) & (distance <= 3)
+    mean = visible.sum(1).double().mean().item()
+    assert visible_keys_per_query(config.model, lengths) == mean
+    config.model.window_size = None
+    squares = sum(n * (n + 1) / 2 for n in lengths)
+    assert visible_keys_per_query(config.model, lengths) == squares / 32
+    width = config.model.num_attention_heads * config.model.kv_channels
+    fewer_keys = visible_keys_per_query(config.model) - squares / 32
+    saved = flops_per_token(config) - flops_per_token(config, lengths)
+    assert saved == pytest.approx(3 * 2 * 2 * width * fewer_keys * config.model.num_layers)
 
 
 @pytest.mark.parametrize("window", [None, (0, 0), (5, 0), (31, 0), (40, 0)])

@@ -131,6 +131,12 @@ def _multi_token(draft: Draft) -> None:
         "use model.position_embedding_type=rope",
     )
     draft.require(
+        not isinstance(model.window_attn_skip_freq, list),
+        "model.mtp_num_layers",
+        "layers that predict ahead have no place in a list of layers with a window",
+        "give model.window_attn_skip_freq as a number",
+    )
+    draft.require(
         not model.share_embeddings_and_output_weights or model.pipeline_model_parallel_size == 1,
         "model.mtp_num_layers",
         "with pipeline stages it does not go with share_embeddings_and_output_weights:"

@@ -6,10 +6,12 @@ activations, softmax and the embedding lookup are not. The backward pass is twic
 Recomputed activations are not counted: these are the model's operations, not the machine's.
 
 Attention is counted *causally*: a query is multiplied with the keys it sees, on average
-``(S + 1) / 2`` of S, or fewer with a sliding window. (The appendix of PaLM counts all S.)
+``(S + 1) / 2`` of S, or fewer with a sliding window or where samples are packed into the row. (The
+appendix of PaLM counts all S.)
 
 Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B; Narayanan et al. 2021,
-arXiv:2104.04473, appendix, extended to grouped queries, gated MLPs and experts.
+arXiv:2104.04473, appendix, extended to grouped queries, gated MLPs, experts, latent attention
+(arXiv:2405.04434, eq. 9 to 19) and predictions ahead (arXiv:2412.19437, eq. 21 to 23).
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mb_config import ConfigContainer
     from mb_config.sections.model import ModelConfig
 
@@ -24,46 +28,99 @@ _FORWARD_AND_BACKWARD = 3.0
 _MULTIPLY_AND_ADD = 2.0
 
 
-def flops_per_token(config: ConfigContainer) -> float:
-    """Return the operations of forward and backward of one token, averaged over a sequence.
+def flops_per_token(config: ConfigContainer, lengths: Sequence[int] | None = None) -> float:
+    """Return the operations of forward and backward of one token, averaged over a row.
 
     Args:
         config: Resolved, so that no size is None.
+        lengths: Tokens of each of the samples packed into a row (the differences of
+            ``cu_seqlens``); None for one sample of ``seq_length``.
     """
-    return _FORWARD_AND_BACKWARD * forward_flops_per_token(config.model)
+    return _FORWARD_AND_BACKWARD * forward_flops_per_token(config.model, lengths)
 
 
-def forward_flops_per_token(model: ModelConfig) -> float:
-    """Return the operations of the forward pass of one token, averaged over a sequence.
+def forward_flops_per_token(model: ModelConfig, lengths: Sequence[int] | None = None) -> float:
+    """Return the operations of the forward pass of one token, averaged over a row.
 
     Args:
         model: The resolved ``model`` section.
+        lengths: As :func:`flops_per_token`.
     """
-    moe_layers = sum(_moe_pattern(model))
-    products = model.num_layers * _attention_products(model)
-    products += (model.num_layers - moe_layers) * _mlp_products(model, model.ffn_hidden_size or 0)
-    products += moe_layers * _moe_products(model)
-    products += model.hidden_size * (model.padded_vocab_size or 0)
+    experts = _moe_pattern(model)
+    output = float(model.hidden_size * (model.padded_vocab_size or 0))
+    products = output
+    for layer in range(model.num_layers):
+        products += _layer_products(model, layer, has_experts=experts[layer], lengths=lengths)
+    for ahead in range(model.mtp_num_layers or 0):
+        products += 2 * model.hidden_size * model.hidden_size + output
+        products += _layer_products(
+            model, model.num_layers + ahead, has_experts=sum(experts[-1:]), lengths=lengths
+        )
     return _MULTIPLY_AND_ADD * products
 
 
-def visible_keys_per_query(model: ModelConfig) -> float:
-    """Return how many keys a query sees, averaged over a sequence, causal and within the window."""
-    length = model.seq_length
-    left = model.window_size[0] if model.window_size else -1
+def visible_keys_per_query(
+    model: ModelConfig, lengths: Sequence[int] | None = None, *, layer: int | None = None
+) -> float:
+    """Return how many keys a query sees, averaged over a row, causal and within the window.
+
+    Args:
+        model: The resolved ``model`` section.
+        lengths: As :func:`flops_per_token`.
+        layer: Which layer, from 0, as some may have no window; None for one with it.
+    """
+    left = model.window_size[0] if model.window_size and _has_window(model, layer) else -1
+    samples = [model.seq_length] if lengths is None else list(lengths)
+    return sum(_visible_pairs(n, left) for n in samples) / sum(samples)
+
+
+def _visible_pairs(length: int, left: int) -> float:
+    """Return how many pairs of query and key one sample has."""
     if left < 0 or left >= length:
-        return (length + 1) / 2
+        return length * (length + 1) / 2
     # The first `left` queries see all that precedes them, the others left + 1 keys.
-    return (left * (left + 1) / 2 + (length - left) * (left + 1)) / length
+    return left * (left + 1) / 2 + (length - left) * (left + 1)
 
 
-def _attention_products(model: ModelConfig) -> float:
+def _has_window(model: ModelConfig, layer: int | None) -> bool:
+    frequency = model.window_attn_skip_freq
+    if layer is None or frequency is None:
+        return True
+    if isinstance(frequency, list):
+        return bool(frequency[layer])
+    return (layer + 1) % frequency != 0
+
+
+def _layer_products(
+    model: ModelConfig, layer: int, *, has_experts: int, lengths: Sequence[int] | None
+) -> float:
+    keys = visible_keys_per_query(model, lengths, layer=layer)
+    attention = _latent_products if model.multi_latent_attention else _attention_products
+    feed_forward = (
+        _moe_products(model) if has_experts else _mlp_products(model, model.ffn_hidden_size or 0)
+    )
+    return attention(model, keys) + feed_forward
+
+
+def _attention_products(model: ModelConfig, visible_keys: float) -> float:
     head = model.kv_channels or model.hidden_size // model.num_attention_heads
     queries = model.num_attention_heads * head
     keys = (model.num_query_groups or model.num_attention_heads) * head
     weights = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
-    scores_and_values = 2 * queries * visible_keys_per_query(model)
-    return weights + scores_and_values
+    return weights + 2 * queries * visible_keys
+
+
+def _latent_products(model: ModelConfig, visible_keys: float) -> float:
+    hidden, heads, rank = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
+    width = model.qk_head_dim + model.qk_pos_emb_head_dim
+    if model.q_lora_rank is None:
+        weights = hidden * heads * width
+    else:
+        weights = (hidden + heads * width) * model.q_lora_rank
+    weights += hidden * (rank + model.qk_pos_emb_head_dim)
+    weights += rank * heads * (model.qk_head_dim + model.v_head_dim)
+    weights += heads * model.v_head_dim * hidden
+    return weights + heads * (width + model.v_head_dim) * visible_keys
 
 
 def _mlp_products(model: ModelConfig, width: int) -> float:
@@ -75,7 +132,8 @@ def _moe_products(model: ModelConfig) -> float:
     width = model.moe_ffn_hidden_size or model.ffn_hidden_size or 0
     products = model.moe_router_topk * _mlp_products(model, width)
     products += _mlp_products(model, model.moe_shared_expert_intermediate_size or 0)
-    return products + model.hidden_size * experts
+    gate = model.hidden_size if model.moe_shared_expert_gate else 0
+    return products + model.hidden_size * experts + gate
 
 
 def _moe_pattern(model: ModelConfig) -> list[int]:

@@ -88,6 +88,9 @@ class MultiTokenGPTModel(GPTModel):  # type: ignore[misc]
                 " the next; train on sequences that are not packed, or leave it out"
             )
         arguments = {name: rest.get(name) for name in _OF_THE_DECODER}
+        if arguments["position_ids"] is None:
+            # They are shifted, and only learned positions, which are refused, would read them.
+            arguments["position_ids"] = torch.zeros_like(arguments["input_ids"])
         states: Tensor = self.mtp(
             hidden_states=hidden_SBH,
             embedding=self.embedding,
