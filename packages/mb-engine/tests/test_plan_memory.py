@@ -52,6 +52,12 @@ CASES = {
     "PP2, tied, bf16, distributed": (2, PP2 + TIED + BF16 + DISTRIBUTED),
     "PP2, uneven": (2, [*PP2, "model.num_layers=3", "model.num_layers_in_first_pipeline_stage=1"]),
     "PP2, VPP2": (2, [*PP2, "model.num_layers=4", "model.virtual_pipeline_model_parallel_size=2"]),
+    "PP2, layout": (
+        2, [*PP2, "model.num_layers=3", "model.pipeline_model_parallel_layout=Et|ttL"],
+    ),
+    "PP2, loss counted as a layer": (
+        2, [*PP2, "model.num_layers=3", "model.account_for_loss_in_pipeline_split=true"],
+    ),
     "DP2": (2, []),
     "DP2, distributed": (2, DISTRIBUTED),
     "DP2, distributed, bf16, odd sizes": (2, DISTRIBUTED + BF16 + ODD),

@@ -15,15 +15,10 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from attrs import frozen
+from mb_config.pipeline import stage_chunks
 
 from mb_engine.plan import te_activations, torch_activations
-from mb_engine.plan.layout import (
-    expert_layers,
-    is_first_chunk,
-    is_last_chunk,
-    layers_of_chunk,
-    windowed_layers,
-)
+from mb_engine.plan.layout import expert_layers, windowed_layers
 from mb_engine.plan.saved import Saved
 from mb_engine.plan.sizes import Sizes
 
@@ -114,7 +109,8 @@ def chunk_activations(
     windowed = windowed_layers(config.model)
     halves: dict[tuple[bool, bool], _Layer] = {}
     layers: list[_Layer] = []
-    for index in layers_of_chunk(config.model, pp_rank, chunk):
+    held = stage_chunks(config.model)[pp_rank][chunk]
+    for index in held.layers:
         kind = kinds[index], windowed[index]
         if kind not in halves:
             first = layers_of.attention_half(
@@ -125,12 +121,12 @@ def chunk_activations(
         layers.append(halves[kind])
     segments: list[Segment] = []
     parts: dict[str, float] = {}
-    if is_first_chunk(pp_rank, chunk):
+    if held.embedding:
         found = list(embedding(config, degrees, sizes, device=device))
         segments.append(Segment(kept=_total(found)))
         _add(parts, found)
     segments += _layer_segments(config, sizes, degrees, layers, parts)
-    if is_last_chunk(degrees, pp_rank, chunk):
+    if held.loss:
         found = list(head(config, degrees, sizes, device=device))
         segments.append(Segment(kept=_total(found)))
         _add(parts, found)

@@ -15,13 +15,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attrs import frozen
+from mb_config.pipeline import stage_chunks
 
 from mb_engine.plan.layout import (
     exchange,
     expert_layers,
-    is_first_chunk,
-    is_last_chunk,
-    layers_of_chunk,
     ring_share,
 )
 from mb_engine.plan.memory import BYTES, gradient_bytes, parameter_bytes
@@ -108,17 +106,15 @@ def _of_microbatch(
     model = config.model
     again = config.recompute.recompute_granularity == "full"
     experts = expert_layers(model)
-    for chunk in range(degrees.vpp):
-        first = is_first_chunk(pp_rank, chunk)
-        last = is_last_chunk(degrees, pp_rank, chunk)
+    for held in stage_chunks(model)[pp_rank]:
+        first, last = held.embedding, held.loss
         if degrees.tp > 1:
             yield from _ends(config, degrees, sizes, first=first, last=last)
         if degrees.pp > 1:
             wire = BYTES[model.pipeline_dtype or "float32"] / sizes.element
             yield "pp", "pp_p2p", (2 - first - last) * sizes.spread_hidden * wire
-        layers = layers_of_chunk(model, pp_rank, chunk)
-        repeated = _repeated_layers(config, len(layers)) if again else 0
-        for position, index in enumerate(layers):
+        repeated = _repeated_layers(config, len(held.layers)) if again else 0
+        for position, index in enumerate(held.layers):
             recomputed = position < repeated
             yield from _tensor_parallel(
                 config, degrees, sizes, experts=experts[index], recomputed=recomputed

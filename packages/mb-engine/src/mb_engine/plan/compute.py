@@ -6,14 +6,14 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from mb_config.pipeline import stage_chunks
+
 from mb_engine.model.flops import flops_per_token, forward_flops_per_token
-from mb_engine.plan.layout import expert_layers, is_last_chunk, layers_of_chunk
+from mb_engine.plan.layout import expert_layers
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
     from mb_config.sections.model import ModelConfig
-
-    from mb_engine.plan.layout import Degrees
 
 
 def flops_per_step(config: ConfigContainer) -> float:
@@ -22,12 +22,11 @@ def flops_per_step(config: ConfigContainer) -> float:
     return flops_per_token(config) * tokens
 
 
-def forward_flops_by_stage(model: ModelConfig, degrees: Degrees) -> list[float]:
+def forward_flops_by_stage(model: ModelConfig) -> list[float]:
     """Return the forward operations of one token in each pipeline stage.
 
     Args:
         model: Resolved.
-        degrees: Of the job.
     """
     output = forward_flops_per_token(_with_layers(model, []))
     kinds = expert_layers(model)
@@ -35,12 +34,11 @@ def forward_flops_by_stage(model: ModelConfig, degrees: Degrees) -> list[float]:
         kind: forward_flops_per_token(_with_layers(model, [kind])) - output for kind in set(kinds)
     }
     stages = []
-    for pp_rank in range(degrees.pp):
+    for chunks in stage_chunks(model):
         total = 0.0
-        for chunk in range(degrees.vpp):
-            layers = layers_of_chunk(model, pp_rank, chunk)
-            total += sum(by_kind[kinds[index]] for index in layers)
-            if is_last_chunk(degrees, pp_rank, chunk):
+        for held in chunks:
+            total += sum(by_kind[kinds[index]] for index in held.layers)
+            if held.loss:
                 total += output
         stages.append(total)
     return stages

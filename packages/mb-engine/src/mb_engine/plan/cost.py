@@ -185,7 +185,7 @@ def _attention_share(plan: Plan) -> float:
     model = plan.config.model
     queries = model.num_attention_heads * (model.kv_channels or 0)
     scores = 4.0 * queries * visible_keys_per_query(model) * model.num_layers
-    return min(1.0, scores / sum(forward_flops_by_stage(model, plan.degrees)))
+    return min(1.0, scores / sum(forward_flops_by_stage(model)))
 
 
 def _mlp_share(plan: Plan) -> float:
@@ -200,7 +200,7 @@ def _mlp_share(plan: Plan) -> float:
         for experts in expert_layers(model)
     ]
     total = 2.0 * linears * model.hidden_size * sum(widths)
-    return min(1.0, total / sum(forward_flops_by_stage(model, plan.degrees)))
+    return min(1.0, total / sum(forward_flops_by_stage(model)))
 
 
 def _saturation(plan: Plan) -> float:

@@ -103,40 +103,6 @@ class Place:
     expert_replica: int
 
 
-def layers_of_chunk(model: ModelConfig, pp_rank: int, chunk: int) -> range:
-    """Return the layers (from 0) of one model chunk.
-
-    Chunk c of stage r follows chunk c of stage r - 1, and chunk c - 1 of the last stage.
-
-    Source: megatron-core 0.16.1, ``get_num_layers_to_build`` and ``get_transformer_layer_offset``.
-
-    Args:
-        model: Resolved.
-        pp_rank: Stage.
-        chunk: Which of the stage's model chunks; 0 without interleaving.
-    """
-    vpp = model.virtual_pipeline_model_parallel_size or 1
-    counts = [n // vpp for n in layers_per_stage(model)]
-    start = chunk * sum(counts) + sum(counts[:pp_rank])
-    return range(start, start + counts[pp_rank])
-
-
-def layers_per_stage(model: ModelConfig) -> list[int]:
-    """Return how many layers each pipeline stage holds."""
-    pp = model.pipeline_model_parallel_size
-    first = model.num_layers_in_first_pipeline_stage
-    last = model.num_layers_in_last_pipeline_stage
-    given = [n for n in (first, last) if n is not None]
-    others = pp - len(given)
-    each = (model.num_layers - sum(given)) // others if others else 0
-    counts = [each] * pp
-    if first is not None:
-        counts[0] = first
-    if last is not None:
-        counts[-1] = last
-    return counts
-
-
 def expert_layers(model: ModelConfig) -> list[bool]:
     """Return for each layer whether it has experts."""
     if not model.num_moe_experts:
@@ -170,16 +136,6 @@ def exchange(model: ModelConfig) -> str:
     first = kind[0] if isinstance(kind, list) else kind
     bound = model.window_size is not None or model.attention_dropout > 0
     return first or ("all_gather" if bound else "p2p")
-
-
-def is_first_chunk(pp_rank: int, chunk: int) -> bool:
-    """Return whether a chunk holds the embedding."""
-    return pp_rank == 0 and chunk == 0
-
-
-def is_last_chunk(degrees: Degrees, pp_rank: int, chunk: int) -> bool:
-    """Return whether a chunk holds the final norm, the output layer and the loss."""
-    return pp_rank == degrees.pp - 1 and chunk == degrees.vpp - 1
 
 
 def ring_share(ranks: int) -> float:

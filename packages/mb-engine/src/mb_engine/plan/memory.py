@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attrs import frozen
+from mb_config.pipeline import stage_chunks
 
 from mb_engine.plan.buffers import GradientBuffer, gradient_buffer
 from mb_engine.plan.parameters import chunk_parameters
@@ -94,10 +95,8 @@ def stage_state(
     chunks: list[tuple[Parameter, ...]] = []
     dense: list[GradientBuffer] = []
     expert: list[GradientBuffer] = []
-    for chunk in range(degrees.vpp):
-        found = tuple(
-            chunk_parameters(config.model, degrees, pp_rank=pp_rank, chunk=chunk, spec=spec)
-        )
+    for chunk, held in enumerate(stage_chunks(config.model)[pp_rank]):
+        found = tuple(chunk_parameters(config.model, degrees, held, spec=spec))
         chunks.append(found)
         for wanted, shared_by, buffers in (
             (False, replicas, dense),

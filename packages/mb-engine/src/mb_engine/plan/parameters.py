@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 
-from mb_engine.plan.layout import (
-    Degrees,
-    expert_layers,
-    is_first_chunk,
-    is_last_chunk,
-    layers_of_chunk,
-)
+from mb_engine.plan.layout import Degrees, expert_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mb_config.pipeline import Chunk
     from mb_config.sections.model import ModelConfig
 
 
@@ -48,21 +43,20 @@ class Parameter:
 
 
 def chunk_parameters(
-    model: ModelConfig, degrees: Degrees, *, pp_rank: int, chunk: int, spec: str
+    model: ModelConfig, degrees: Degrees, held: Chunk, *, spec: str
 ) -> list[Parameter]:
     """Return the parameters of one model chunk.
 
     Args:
         model: Resolved.
         degrees: Of the job.
-        pp_rank: Pipeline stage.
-        chunk: Which of its chunks.
+        held: What the chunk holds.
         spec: ``"torch"`` or ``"te"``.
     """
     found: list[Parameter] = []
     tied = model.share_embeddings_and_output_weights and degrees.pp > 1
     table = (model.padded_vocab_size or 0) // degrees.tp * model.hidden_size
-    if is_first_chunk(pp_rank, chunk):
+    if held.embedding:
         found.append(Parameter("embedding.word_embeddings.weight", table, tied=tied))
         if model.position_embedding_type == "learned_absolute":
             size = (model.max_position_embeddings or 0) * model.hidden_size
@@ -70,12 +64,12 @@ def chunk_parameters(
             found.append(Parameter(name, size, replicated=True))
     kinds = expert_layers(model)
     made: dict[bool, list[Parameter]] = {}
-    for index in layers_of_chunk(model, pp_rank, chunk):
+    for index in held.layers:
         kind = kinds[index]
         if kind not in made:
             made[kind] = list(layer_parameters(model, degrees, experts=kind, spec=spec))
         found += made[kind]
-    if is_last_chunk(degrees, pp_rank, chunk):
+    if held.loss:
         found += _norm(model, "final_layernorm.", model.hidden_size)
         if not model.share_embeddings_and_output_weights or degrees.pp * degrees.vpp > 1:
             found.append(Parameter("output_layer.weight", table, tied=tied))

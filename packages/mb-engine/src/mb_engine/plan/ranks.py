@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from attrs import frozen
 from mb_config.errors import ConfigError, Violation
+from mb_config.pipeline import stage_chunks as chunks_of_stages
 
 from mb_engine.plan.activations import ChunkActivations, chunk_activations
 from mb_engine.plan.communication import Traffic, step_traffic
 from mb_engine.plan.compute import flops_per_step, forward_flops_by_stage
 from mb_engine.plan.hardware import Gpu, gpu_named
-from mb_engine.plan.layout import Degrees, layers_per_stage
+from mb_engine.plan.layout import Degrees
 from mb_engine.plan.memory import (
     BYTES,
     StageState,
@@ -197,8 +198,8 @@ def _groups(
         if key not in memories:
             memories[key] = state_memory(config, state, key[1])
         members.setdefault((place.pp_rank, memories[key]), []).append(rank)
-    forward = forward_flops_by_stage(config.model, degrees)
-    counts = layers_per_stage(config.model)
+    forward = forward_flops_by_stage(config.model)
+    counts = [sum(len(c.layers) for c in stage) for stage in chunks_of_stages(config.model)]
     sizes = Sizes.from_config(config, degrees)
     count = config.train.num_microbatches or 1
     tokens = sizes.tokens * count

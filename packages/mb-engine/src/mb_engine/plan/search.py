@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from mb_config.errors import ConfigError
+from mb_config.pipeline import stage_chunks as chunks_of_stages
 
 from mb_engine.errors import EngineError
 from mb_engine.plan.cost import StepTime, least_time, step_time
@@ -99,6 +100,9 @@ _LAYOUT = {
     "virtual_pipeline_model_parallel_size": None,
     "num_layers_in_first_pipeline_stage": None,
     "num_layers_in_last_pipeline_stage": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "pipeline_model_parallel_layout": None,
     "context_parallel_size": 1,
     "cp_comm_type": None,
     "hierarchical_context_parallel_sizes": None,
@@ -259,8 +263,8 @@ def _state_fits(config: ConfigContainer, degrees: Degrees, gpu: Gpu) -> bool:
     """Return whether parameters, gradients and optimizer state of the first stage fit."""
     model = _changed(config.model, _model_fields(degrees))
     here = apart = 0
-    for chunk in range(degrees.vpp):
-        for p in chunk_parameters(model, degrees, pp_rank=0, chunk=chunk, spec="te"):
+    for held_by_chunk in chunks_of_stages(model)[0]:
+        for p in chunk_parameters(model, degrees, held_by_chunk, spec="te"):
             if p.expert:
                 apart += p.size
             else:
