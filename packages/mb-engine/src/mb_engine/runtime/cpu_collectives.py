@@ -70,7 +70,7 @@ def uneven_reduce_scatter(reduce_and_scatter: Callable[..., Any]) -> Callable[..
         whole = torch.cat(input_list)
         dist.all_reduce(whole, op, group)
         sizes = [len(part) for part in input_list]
-        output.copy_(whole.split(sizes)[dist.get_rank(group)])
+        output.copy_(torch.split(whole, sizes)[dist.get_rank(group)])
         return None
 
     return reduce_scatter
