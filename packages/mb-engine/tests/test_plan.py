@@ -155,7 +155,9 @@ class TestPlan:
         ("overrides", "field"),
         [
             (["peft.type=lora"], "peft"),
-            (["model.megatron={mtp_num_layers: 1}"], r"model\.megatron\.mtp_num_layers"),
+            (["model.mtp_num_layers=1"], r"model\.mtp_num_layers"),
+            (["model.multi_latent_attention=true", "model.num_query_groups=null"], r"model\.multi_latent_attention"),
+            (["model.megatron={softmax_type: learnable}"], r"model\.megatron\.softmax_type"),
             (["mixed_precision=bf16_with_fp8_current_scaling_mixed", "dist.device=auto"],
              r"mixed_precision\.fp8"),
             (["model.attn_logit_softcapping=50.0"], r"model\.attn_logit_softcapping"),
