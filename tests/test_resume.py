@@ -33,6 +33,12 @@ LAYOUTS = {
         "ddp.overlap_grad_reduce=true",
         "ddp.overlap_param_gather=true",
     ],
+    "dp2_fp16": [
+        "mixed_precision=fp16_mixed",
+        "optimizer.use_distributed_optimizer=true",
+        "optimizer.initial_loss_scale=1048576",
+        "optimizer.loss_scale_window=7",
+    ],
     "pp2_bf16": ["model.pipeline_model_parallel_size=2", "mixed_precision=bf16_mixed"],
 }
 

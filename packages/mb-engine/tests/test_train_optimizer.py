@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import attrs
@@ -208,9 +209,13 @@ def test_parameters_by_name_can_have_values_of_their_own():
 
 
 def test_every_optimizer_field_reaches_megatron():
-    made = config()
+    made = config(optimizer__muon_nesterov=True)
     settings = optimizer_settings(made)
-    for name, value in attrs.asdict(made.optimizer, recurse=False).items():
+    fields = attrs.asdict(made.optimizer, recurse=False)
+    fields.pop("overrides")  # given beside the settings
+    if not hasattr(settings, "muon_nesterov"):
+        fields["muon_use_nesterov"] = fields.pop("muon_nesterov")  # its name in 0.16
+    for name, value in fields.items():
         expected = getattr(torch, value) if name.endswith("_dtype") and value else value
         assert hasattr(settings, name), name
         assert getattr(settings, name) == expected or value is None, name
@@ -241,3 +246,21 @@ def test_what_needs_transformer_engine_says_how_to_install_it(monkeypatch):
 def test_what_megatron_refuses_becomes_one_line():
     with pytest.raises(UserError, match=r"the optimizer section cannot be used: exp_avg_dtype"):
         optimizer_settings(config(optimizer__exp_avg_dtype="bfloat16"))
+
+
+def test_overrides_of_the_configuration_and_of_the_call_add_up():
+    made = config(optimizer__overrides={"*second*": {"max_lr": 1e-3, "min_lr": 1e-4}})
+    *_, optimizer = train(made, overrides={"*norm*": {"lr_mult": 0.0}})
+    rates = sorted(group["lr"] for group in optimizer.param_groups for _ in group["params"])
+    assert rates == [0.0, 0.0, 1e-3, 1e-2, 1e-2]
+
+
+def test_muon_says_what_it_needs(monkeypatch):
+    made = config(optimizer__optimizer="muon")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"optimizer=muon: needs megatron-core 0.19, installed is"):
+        build_optimizer(made, [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "emerging_optimizers", None)
+    with pytest.raises(UserError, match=r"emerging-optimizers with triton .*; pip install"):
+        build_optimizer(made, [])

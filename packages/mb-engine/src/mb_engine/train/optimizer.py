@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import warnings
@@ -129,11 +130,13 @@ def _check_muon() -> None:
             f"optimizer.optimizer=muon: needs megatron-core 0.19, installed is {megatron}; upgrade"
             " it, or use adam"
         )
-    if importlib.util.find_spec("emerging_optimizers") is None:
+    try:
+        importlib.import_module("emerging_optimizers.orthogonalized_optimizers")
+    except ImportError as error:
         raise EngineError(
-            "optimizer.optimizer=muon: needs the package emerging-optimizers; pip install"
-            " emerging-optimizers (Python 3.12 or newer), or use adam"
-        )
+            "optimizer.optimizer=muon: needs the package emerging-optimizers with triton and Python"
+            f" 3.12 or newer ({error}); pip install emerging-optimizers, or use adam"
+        ) from error
 
 
 def _torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
