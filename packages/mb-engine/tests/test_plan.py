@@ -17,9 +17,10 @@ from mb_engine.model.flops import flops_per_token
 from mb_engine.plan import GPUS, Degrees, plan, search
 from mb_engine.plan.activations import chunk_activations
 from mb_engine.plan.hardware import gpu_named
+from mb_engine.plan.layouts import layouts
 from mb_engine.plan.pipeline import activation_peak, bubble_fraction, passes
 from mb_engine.plan.ranks import with_vocabulary
-from mb_engine.plan.search import _layouts, _least_recomputed, _on_one_replica
+from mb_engine.plan.search import _least_recomputed, _on_one_replica
 from mb_engine.testing import tiny_config
 
 GIB = 1 << 30
@@ -216,11 +217,27 @@ class TestSearch:
         plain = _on_one_replica(config, 8)
         everything = [
             candidate
-            for layout in _layouts(plain, 8, gpu)
+            for layout in layouts(plain, 8, gpu)
             for rows in (1, 2, 4, 8)
             if (candidate := _least_recomputed(plain, layout, rows, gpu, {})) is not None
         ]
         assert best.time.total_s == min(c.time.total_s for c in everything)
+
+    def test_overrides_replace_the_layout_of_the_configuration(self):
+        config = tiny_config(
+            "model.tensor_model_parallel_size=2",
+            "model.sequence_parallel=true",
+            "recompute.recompute_granularity=selective",
+            "optimizer.use_distributed_optimizer=true",
+            "ddp.overlap_grad_reduce=true",
+        )
+        for candidate in search(config, gpus=4, gpu="a100-40gb"):
+            made = plan(config.override(*candidate.overrides), world_size=4, gpu="a100-40gb")
+            assert made.degrees == candidate.plan.degrees
+            assert made.peak_bytes == pytest.approx(candidate.plan.peak_bytes)
+        alone = search(config, gpus=1, gpu="a100-40gb")[0]
+        made = plan(config.override(*alone.overrides), world_size=1, gpu="a100-40gb")
+        assert made.peak_bytes == pytest.approx(alone.plan.peak_bytes)
 
     def test_finds_expert_parallelism(self):
         best = search(tiny_config(*MIXTRAL), gpus=16, gpu="h100-80gb", keep=1)[0]

@@ -6,14 +6,16 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from attrs import frozen
+from mb_config import CommOverlapConfig, RecomputeConfig
 from mb_config.errors import ConfigError
 from mb_config.pipeline import stage_chunks as chunks_of_stages
 
 from mb_engine.errors import EngineError
 from mb_engine.plan.cost import StepTime, least_time, step_time
 from mb_engine.plan.hardware import Gpu, gpu_named
-from mb_engine.plan.layout import Degrees
+from mb_engine.plan.layouts import layouts
 from mb_engine.plan.memory import (
     gradient_bytes,
     optimizer_bytes_per_element,
@@ -33,17 +35,14 @@ from mb_engine.plan.ranks import (
 from mb_engine.plan.refusals import refuse_unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
 
     from mb_config import ConfigContainer
 
+    from mb_engine.plan.layout import Degrees
     from mb_engine.plan.memory import StageState
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
-MOST_CHUNKS = 6
-"""More chunks a pipeline stage are not tried; each makes messages more numerous (own)."""
-FEWEST_TOKENS = 2048
-"""Context parallelism leaves at least so many tokens of a sequence on a rank (own)."""
 
 
 @frozen(kw_only=True)
@@ -91,7 +90,17 @@ def search(
             f" train.global_batch_size={plain.train.global_batch_size}; use more or larger GPUs, or"
             " another train.global_batch_size"
         )
-    return tuple(accepted)
+    resets = _resets(config)
+    return tuple(
+        attrs.evolve(candidate, overrides=_over(resets, candidate.overrides))
+        for candidate in accepted
+    )
+
+
+def _over(resets: Mapping[str, str], overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """Return *overrides* after those *resets* that they do not repeat."""
+    given = {text.split("=")[0] for text in overrides}
+    return (*(text for field, text in resets.items() if field not in given), *overrides)
 
 
 _LAYOUT = {
@@ -112,26 +121,42 @@ _LAYOUT = {
 }
 
 
+_PLAIN: dict[str, dict[str, Any]] = {
+    "model": _LAYOUT,
+    "optimizer": {"use_distributed_optimizer": None, "overlap_param_gather": None},
+    "ddp": {
+        "use_distributed_optimizer": None,
+        "overlap_param_gather": None,
+        "overlap_grad_reduce": False,
+    },
+}
+
+
 def _on_one_replica(config: ConfigContainer, gpus: int) -> ConfigContainer:
     """Return *config*, resolved without any model parallelism.
 
     The global batch has to be a number that data parallelism over all GPUs need not divide.
     """
-    model = [f"model.{name}={_word(value)}" for name, value in _LAYOUT.items()]
     batch = config.train.global_batch_size or gpus
     single = config.override(
-        *model,
-        "~recompute",
-        "~comm_overlap",
+        *_resets(config).values(),
         "train.micro_batch_size=1",
         f"train.global_batch_size={batch}",
-        "optimizer.use_distributed_optimizer=null",
-        "ddp.use_distributed_optimizer=null",
-        "optimizer.overlap_param_gather=null",
-        "ddp.overlap_param_gather=null",
-        "ddp.overlap_grad_reduce=false",
     )
     return single.finalize(1)
+
+
+def _resets(config: ConfigContainer) -> dict[str, str]:
+    """Return, by field, the overrides that take the layout out of *config*."""
+    found = {}
+    for section, values in _PLAIN.items():
+        for name, value in values.items():
+            if getattr(getattr(config, section), name) != value:
+                found[f"{section}.{name}"] = f"{section}.{name}={_word(value)}"
+    for name, plain in (("recompute", RecomputeConfig()), ("comm_overlap", CommOverlapConfig())):
+        if getattr(config, name) != plain:
+            found[name] = f"~{name}"
+    return found
 
 
 def _word(value: object) -> str:
@@ -147,7 +172,7 @@ def _fastest(config: ConfigContainer, gpus: int, gpu: Gpu, *, keep: int) -> list
     bounded = sorted(
         (
             (least_time(config, layout, rows, gpu), index, rows, layout)
-            for index, layout in enumerate(_layouts(config, gpus, gpu))
+            for index, layout in enumerate(layouts(config, gpus, gpu))
             for rows in MICRO_BATCH_SIZES
         ),
         key=lambda entry: entry[:3],
@@ -178,85 +203,6 @@ def _is_accepted(config: ConfigContainer, candidate: Candidate, gpus: int) -> bo
     except ConfigError:
         return False
     return True
-
-
-def _layouts(config: ConfigContainer, gpus: int, gpu: Gpu) -> Iterator[Degrees]:
-    """Yield every division of the GPUs whose sizes divide the model's."""
-    model = config.model
-    length = model.seq_length
-    for tp in _powers(min(gpus, gpu.per_machine)):
-        if not _tensor_parallel_fits(config, tp):
-            continue
-        for cp in _powers(gpus // tp):
-            if cp > 1 and (length % (2 * cp * tp) or length // cp < FEWEST_TOKENS):
-                break
-            for pp in _divisors(gpus // (tp * cp), model.num_layers):
-                dp = gpus // (tp * cp * pp)
-                for ep, etp in _expert_degrees(config, tp, tp * cp * dp):
-                    for vpp in [1, *_virtual(model.num_layers // pp, pp)]:
-                        yield Degrees(
-                            tp=tp,
-                            cp=cp,
-                            dp=dp,
-                            pp=pp,
-                            vpp=vpp,
-                            ep=ep,
-                            etp=etp,
-                            edp=tp * cp * dp // (ep * etp),
-                            pipeline_before_data=config.dist.use_tp_pp_dp_mapping,
-                        )
-
-
-def _tensor_parallel_fits(config: ConfigContainer, tp: int) -> bool:
-    model = config.model
-    groups = model.num_query_groups or 1
-    shared = model.moe_shared_expert_intermediate_size or 0
-    return (
-        all(
-            size % tp == 0
-            for size in (
-                model.num_attention_heads,
-                model.hidden_size,
-                model.ffn_hidden_size or 0,
-                model.seq_length,
-                shared,
-                model.padded_vocab_size or 0,
-            )
-        )
-        and groups % tp == 0
-    )
-
-
-def _expert_degrees(config: ConfigContainer, tp: int, ranks: int) -> Iterator[tuple[int, int]]:
-    experts = config.model.num_moe_experts
-    if not experts:
-        yield 1, tp
-        return
-    width = config.model.moe_ffn_hidden_size or 0
-    biased = config.model.add_bias_linear
-    for etp in sorted({1, tp}):
-        if width % etp or (biased and etp > 1):
-            continue
-        for ep in _powers(experts):
-            if experts % ep == 0 and ranks % (ep * etp) == 0:
-                yield ep, etp
-
-
-def _virtual(layers: int, pp: int) -> list[int]:
-    """Return numbers of chunks a stage: the fewest, and the most up to `MOST_CHUNKS`."""
-    fitting = [n for n in range(2, min(layers, MOST_CHUNKS) + 1) if layers % n == 0]
-    return sorted({fitting[0], fitting[-1]}) if fitting and pp > 1 else []
-
-
-def _powers(most: int) -> Iterator[int]:
-    value = 1
-    while value <= most:
-        yield value
-        value *= 2
-
-
-def _divisors(gpus: int, layers: int) -> list[int]:
-    return [n for n in range(1, gpus + 1) if gpus % n == 0 and layers % n == 0]
 
 
 def _state_fits(config: ConfigContainer, degrees: Degrees, gpu: Gpu) -> bool:
