@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mb_config.resolve.draft import Draft
 
 
@@ -222,15 +224,31 @@ def _whole_iteration(draft: Draft) -> None:
         "use bf16_mixed, or give optimizer.loss_scale",
     )
     draft.require(
-        config.train.rampup_batch_size is None,
-        at,
-        "full_iteration keeps the number of micro-batches, which rampup_batch_size changes",
+        not config.train.check_for_nan_in_loss,
+        "train.check_for_nan_in_loss",
+        "cannot look at a loss inside a full-iteration graph",
+        "set train.check_for_nan_in_loss=false",
+    )
+    draft.require(
+        not config.ddp.check_for_nan_in_grad,
+        "ddp.check_for_nan_in_grad",
+        "cannot look at gradients inside a full-iteration graph",
+        "set ddp.check_for_nan_in_grad=false",
+    )
+
+
+def _micro_batches(draft: Draft) -> None:
+    train, impl = draft.config.train, "cuda_graph.cuda_graph_impl"
+    draft.require(
+        train.rampup_batch_size is None,
+        impl,
+        "keeps the number of micro-batches it captured, which rampup_batch_size changes",
         "leave train.rampup_batch_size out",
     )
     draft.require(
-        not config.train.decrease_batch_size_if_needed,
-        at,
-        "full_iteration keeps the number of micro-batches",
+        not train.decrease_batch_size_if_needed,
+        impl,
+        "keeps the number of micro-batches it captured",
         "set train.decrease_batch_size_if_needed=false",
     )
 
@@ -277,20 +295,10 @@ def _cuda_graph(draft: Draft) -> None:
         "full_iteration needs the local capture",
         f"set {impl}=local",
     )
-    draft.require(
-        not full or not config.train.check_for_nan_in_loss,
-        "train.check_for_nan_in_loss",
-        "cannot look at a loss inside a full-iteration graph",
-        "set train.check_for_nan_in_loss=false",
-    )
-    draft.require(
-        not full or not config.ddp.check_for_nan_in_grad,
-        "ddp.check_for_nan_in_grad",
-        "cannot look at gradients inside a full-iteration graph",
-        "set ddp.check_for_nan_in_grad=false",
-    )
     if full:
         _whole_iteration(draft)
+    if full or graph.cuda_graph_impl == "transformer_engine":
+        _micro_batches(draft)
     draft.require(
         not config.comm_overlap.overlap_moe_expert_parallel_comm
         or (graph.cuda_graph_impl == "transformer_engine" and not {"moe", "mlp"} & set(scope)),
@@ -304,6 +312,11 @@ def _cuda_graph(draft: Draft) -> None:
         "full recomputation goes with full_iteration alone",
         f"set {at}=[full_iteration], or recompute selectively",
     )
+    _graphs_of_experts(draft, scope)
+
+
+def _graphs_of_experts(draft: Draft, scope: Sequence[str]) -> None:
+    at = "cuda_graph.cuda_graph_scope"
     draft.require(
         not ("moe" in scope and "moe_router" in scope),
         at,
@@ -317,7 +330,7 @@ def _cuda_graph(draft: Draft) -> None:
         "add moe_router",
     )
     draft.require(
-        config.model.num_moe_experts is not None or not {"moe", "moe_router"} & set(scope),
+        draft.config.model.num_moe_experts is not None or not {"moe", "moe_router"} & set(scope),
         at,
         "moe and moe_router need experts",
         "leave them out",

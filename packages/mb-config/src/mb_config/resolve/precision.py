@@ -152,5 +152,38 @@ def _low_precision(draft: Draft) -> None:
         )
 
 
+def check_sizes(draft: Draft) -> None:
+    """Check that products in FP8 and FP4 get sizes that their kernels take.
+
+    Source: transformer_engine/pytorch/utils.py, ``assert_dim_for_fp8_exec``: 16 for operands, and
+    32 where a scale is for 32 values (OCP Microscaling 1.0) and in FP4.
+    """
+    mixed, model = draft.config.mixed_precision, draft.config.model
+    if not isinstance(mixed, MixedPrecisionConfig) or not (mixed.fp8 or mixed.fp4):
+        return
+    unit = 32 if mixed.fp4 or mixed.fp8_recipe == "mxfp8" else 16
+    kind, tp = ("FP4" if mixed.fp4 else "FP8"), model.tensor_model_parallel_size
+    split = f"{unit} x TP = {unit * tp}" if tp > 1 else f"{unit}"
+    for name, step, text in (
+        ("hidden_size", unit, f"{unit}"),
+        ("ffn_hidden_size", unit * tp, split),
+    ):
+        size = getattr(model, name) or 0
+        draft.require(
+            size % step == 0,
+            f"model.{name}",
+            f"products in {kind} need a multiple of {text}",
+            f"use {-(-size // step) * step}",
+        )
+    ranks = model.context_parallel_size * (tp if model.sequence_parallel else 1)
+    tokens = model.seq_length * draft.config.train.micro_batch_size // ranks
+    draft.require(
+        tokens % unit == 0,
+        "model.seq_length",
+        f"a rank's micro-batch has {tokens} tokens, products in {kind} need a multiple of {unit}",
+        "choose such a length or train.micro_batch_size",
+    )
+
+
 def _word(flag: bool) -> str:
     return "on" if flag else "off"

@@ -57,6 +57,7 @@ def finalize(config: ConfigContainer, world_size: int) -> ConfigContainer:
     schedules.resolve(draft, ramp)
     data.resolve(draft)
     memory.resolve(draft)
+    precision.check_sizes(draft)
     overlap.resolve(draft)
     outputs.resolve(draft)
     if draft.violations:
