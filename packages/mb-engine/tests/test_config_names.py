@@ -44,14 +44,15 @@ class TestNamesAreMegatrons:
 
     def transformer(self):
         model = _megatron_fields("model_parallel_config.py", "ModelParallelConfig")
-        return model | _megatron_fields("transformer/transformer_config.py", "TransformerConfig")
+        file = "transformer/transformer_config.py"
+        return model | _megatron_fields(file, "TransformerConfig", "MLATransformerConfig")
 
     def test_of_the_model(self):
         ours = {
             "seq_length", "max_position_embeddings", "vocab_size", "padded_vocab_size",
-            "make_vocab_size_divisible_by", "position_embedding_type", "rotary_base",
-            "rotary_percent", "share_embeddings_and_output_weights", "layer_spec", "megatron",
-            "torch_compile",
+            "make_vocab_size_divisible_by", "position_embedding_type",
+            "share_embeddings_and_output_weights", "layer_spec", "megatron", "torch_compile",
+            "attn_logit_softcapping", "final_logit_softcapping",
         }  # fmt: skip
         assert self.names(ModelConfig) - self.transformer() == ours
 
@@ -87,12 +88,12 @@ def _sources():
 def _passed_on():
     """Return the field names that megatron-core takes over by name."""
     files = {
-        "model_parallel_config.py": "ModelParallelConfig",
-        "transformer/transformer_config.py": "TransformerConfig",
-        "optimizer/optimizer_config.py": "OptimizerConfig",
-        "distributed/distributed_data_parallel_config.py": "DistributedDataParallelConfig",
+        "model_parallel_config.py": ["ModelParallelConfig"],
+        "transformer/transformer_config.py": ["TransformerConfig", "MLATransformerConfig"],
+        "optimizer/optimizer_config.py": ["OptimizerConfig"],
+        "distributed/distributed_data_parallel_config.py": ["DistributedDataParallelConfig"],
     }
-    return set().union(*(_megatron_fields(file, name) for file, name in files.items()))
+    return set().union(*(_megatron_fields(file, *names) for file, names in files.items()))
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda c: c.__name__)

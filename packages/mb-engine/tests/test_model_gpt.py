@@ -46,14 +46,13 @@ def test_fields_of_every_section_pass_by_name():
         "recompute.recompute_method=uniform",
         "recompute.recompute_num_layers=2",
         "cuda_graph.cuda_graph_warmup_steps=5",
-        "comm_overlap.wgrad_deferral_limit=3",
         "mixed_precision=bf16_mixed",
     )
     assert config.layernorm_epsilon == 1e-6
     assert config.rotary_interleaved
     assert (config.recompute_granularity, config.recompute_num_layers) == ("full", 2)
     assert config.cuda_graph_warmup_steps == 5
-    assert config.wgrad_deferral_limit == 3
+    assert config.batch_p2p_comm is False  # True by megatron-core's default
     assert config.bf16
     assert config.params_dtype == torch.bfloat16
     assert config.transformer_impl == "local"
@@ -199,3 +198,48 @@ def test_the_norm_before_experts_keeps_its_own_name(layout):
     # Transformer Engine has no linear there that the norm could be a part of.
     assert "model.decoder.layers.N.pre_mlp_layernorm.weight" in names
     assert "model.decoder.layers.N.mlp.router.weight" in names
+
+
+def test_latent_attention_has_transformer_engines_names(layout):
+    names = checkpoint_names(
+        build(
+            layout,
+            "model.multi_latent_attention=true",
+            "model.num_query_groups=null",
+            "model.q_lora_rank=24",
+            "model.qk_layernorm=true",
+        )
+    )
+    attention = "model.decoder.layers.N.self_attention."
+    assert {n for n in names if n.startswith(attention)} == {
+        attention + "linear_q_down_proj.weight",
+        attention + "linear_q_up_proj.layer_norm_weight",
+        attention + "linear_q_up_proj.weight",
+        attention + "linear_kv_down_proj.weight",
+        attention + "linear_kv_up_proj.layer_norm_weight",
+        attention + "linear_kv_up_proj.weight",
+        attention + "linear_proj.weight",
+    }
+    # Transformer Engine has no linear that takes the whole input of latent attention.
+    assert "model.decoder.layers.N.input_layernorm.weight" in names
+
+
+def test_packed_samples_are_refused_with_predictions_ahead(layout):
+    from mb_engine.model.attention.packed import PackedSequences
+    from mb_engine.parallel.sequence import read_packing
+
+    chunk = build(layout, "model.mtp_num_layers=1")
+    tokens = torch.arange(32)[None]
+    packing = read_packing(
+        {"tokens": tokens, "cu_seqlens": torch.tensor([0, 20, 32], dtype=torch.int32)}, cp=1
+    )
+    packed = PackedSequences.of(packing, device=torch.device("cpu"), cp=1, cp_rank=0)
+    with pytest.raises(EngineError, match=r"model\.mtp_num_layers: .*cross from one packed sample"):
+        chunk(tokens, None, None, labels=tokens, packed_seq_params=packed)
+
+
+def test_predictions_ahead_need_labels_to_learn_from(layout):
+    chunk, tokens = build(layout, "model.mtp_num_layers=1"), torch.arange(32)[None]
+    with pytest.raises(EngineError, match=r"model\.mtp_num_layers: its layers learn from"):
+        chunk(tokens, None, None)
+    assert chunk.eval()(tokens, None, None).shape == (1, 32, 128)

@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from mb_engine.errors import EngineError
@@ -174,5 +175,7 @@ def _use_torch_latent(spec: Any, config: Any, norm: type) -> None:
     attention.linear_q_proj = attention.linear_q_up_proj = ColumnLinear
     attention.linear_kv_up_proj = ColumnLinear
     attention.linear_proj = RowLinear
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.kv_layernorm = norm
+    normalized = config.qk_layernorm
+    attention.kv_layernorm = norm if normalized else IdentityOp
+    compressed = config.q_lora_rank is not None  # what is not compressed is not normalized
+    attention.q_layernorm = norm if normalized and compressed else IdentityOp

@@ -46,16 +46,17 @@ class BalancedRouter(TopKRouter):  # type: ignore[misc]
     Clark et al. 2022, arXiv:2202.01169. Capacity: Lepikhin et al. 2020, arXiv:2006.16668.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Take what megatron-core gives to ``TopKRouter``."""
-        super().__init__(*args, **kwargs)
+        super().__init__(config, *args, **kwargs)
         self.recorded: dict[str, Tensor] = {}
         self._tokens: Any = 0
-        self._capacity_factor = self.config.moe_expert_capacity_factor
-        if self._capacity_factor is not None and not self.config.moe_pad_expert_input_to_capacity:
+        self._capacity_factor = config.moe_expert_capacity_factor
+        self.config: Any = config
+        if self._capacity_factor is not None and not config.moe_pad_expert_input_to_capacity:
             # Tokens are dropped here. Padding fixes what each rank sends, so there every rank
             # counts for itself, as megatron-core does.
-            self.config = copy.copy(self.config)
+            self.config = copy.copy(config)
             self.config.moe_expert_capacity_factor = None
 
     def routing(

@@ -69,7 +69,8 @@ class MultiTokenGPTModel(GPTModel):  # type: ignore[misc]
             return hidden_states
         ahead: tuple[Tensor, ...] = ()
         if runs_ahead or not self.mtp_process:
-            hidden_states, *ahead = hidden_states.chunk(1 + depth, dim=0)
+            hidden_states, *others = hidden_states.chunk(1 + depth, dim=0)
+            ahead = tuple(others)
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -87,7 +88,7 @@ class MultiTokenGPTModel(GPTModel):  # type: ignore[misc]
                 "model.mtp_num_layers: predictions ahead would cross from one packed sample into"
                 " the next; train on sequences that are not packed, or leave it out"
             )
-        arguments = {name: rest.get(name) for name in _OF_THE_DECODER}
+        arguments: dict[str, Any] = {name: rest.get(name) for name in _OF_THE_DECODER}
         if arguments["position_ids"] is None:
             # They are shifted, and only learned positions, which are refused, would read them.
             arguments["position_ids"] = torch.zeros_like(arguments["input_ids"])
