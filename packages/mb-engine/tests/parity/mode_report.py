@@ -219,6 +219,9 @@ def main():
     arguments = parser.parse_args()
     import importlib.metadata
 
+    from mb_engine.runtime.megatron_compat import prepare_megatron
+
+    prepare_megatron()  # 0.19 cannot be imported without triton otherwise
     import megatron.core
 
     torch_version = importlib.metadata.version("torch")

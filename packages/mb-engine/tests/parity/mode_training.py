@@ -72,9 +72,8 @@ def train(run, steps):
     losses, norms, scales = [], [], []
     size = engine.config.train.micro_batch_size
     for batch in global_batches(engine.config, steps):
-        losses.append(
-            float(engine.forward_backward(micro_batches(batch, engine.layout, size)).loss)
-        )
+        mine = micro_batches(batch, engine.layout, size, packed=run.packed)
+        losses.append(float(engine.forward_backward(mine).loss))
         outcome = engine.optimizer_step()
         norms.append(outcome.grad_norm)
         scales.append(outcome.loss_scale)
