@@ -20,6 +20,15 @@ EXPERTS = [
     "model.moe_ffn_hidden_size=32",
     "model.moe_shared_expert_intermediate_size=64",
 ]
+LATENT = [
+    "model.multi_latent_attention=true",
+    "model.num_query_groups=null",
+    "model.q_lora_rank=48",
+    "model.kv_lora_rank=32",
+    "model.qk_head_dim=16",
+    "model.qk_pos_emb_head_dim=8",
+    "model.v_head_dim=16",
+]
 PP2 = ["model.pipeline_model_parallel_size=2"]
 
 
@@ -52,6 +61,14 @@ SPARSE = {
     "moe": (selective("moe"), 0.75),
     "shared_experts": (selective("shared_experts"), 0.95),
     "full, with experts": (full("uniform", 1), 0.3),
+}
+COMPRESSED = {
+    "mla_up_proj": (selective("mla_up_proj"), 0.97),
+    "mla_up_proj, core_attn and layernorm": (
+        selective("mla_up_proj", "core_attn", "layernorm"),
+        0.65,
+    ),
+    "full, with latent attention": (full("uniform", 1), 0.15),
 }
 EXACT = {name for name in DENSE if name.startswith("full")}
 
@@ -117,6 +134,13 @@ def sparse():
     return dict(zip(["none", *SPARSE], run_ranks(train_all, 1, cases)[0], strict=True))
 
 
+@pytest.fixture(scope="module")
+def compressed():
+    common = [*DROPOUT, *LATENT]
+    cases = [common, *(common + overrides for overrides, _ in COMPRESSED.values())]
+    return dict(zip(["none", *COMPRESSED], run_ranks(train_all, 1, cases)[0], strict=True))
+
+
 def assert_same_gradients(mine, reference, *, exact):
     assert mine[0] == pytest.approx(reference[0], abs=0.0 if exact else 1e-6)
     assert mine[1].keys() == reference[1].keys()
@@ -142,6 +166,14 @@ def test_layers_of_experts(sparse, name):
     assert_same_gradients(sparse[name], sparse["none"], exact=False)
     share = sparse[name][2] / sparse["none"][2]
     assert share < SPARSE[name][1], f"kept {share:.2f} of what is kept without recomputation"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_layers_of_latent_attention(compressed, name):
+    assert_same_gradients(compressed[name], compressed["none"], exact=False)
+    share = compressed[name][2] / compressed["none"][2]
+    assert share < COMPRESSED[name][1], f"kept {share:.2f} of what is kept without recomputation"
 
 
 @pytest.mark.dist
