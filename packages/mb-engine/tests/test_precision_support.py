@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from mb_config import MixedPrecisionConfig
 from mb_config.errors import UserError
-from mb_engine.precision.support import Machine, check_precision
+from mb_engine.precision.support import Machine, check_engine_layers, check_precision
 from mb_engine.testing import tiny_config
 from packaging.version import Version
 
@@ -96,3 +96,38 @@ def test_what_this_machine_has_is_looked_up():
     here = Machine.here()
     assert here.megatron >= Version("0.16")
     assert MixedPrecisionConfig().fp8 is None
+
+
+OFFLOAD = "offload={cpu_offloading: true, cpu_offloading_num_layers: 2}"
+DELAY = [
+    "model.num_moe_experts=4",
+    "model.expert_model_parallel_size=2",
+    "model.moe_token_dispatcher_type=alltoall",
+    "mixed_precision=bf16_mixed",
+    "comm_overlap.overlap_moe_expert_parallel_comm=true",
+    "comm_overlap.delay_wgrad_compute=true",
+]
+
+
+def test_layers_of_torch_refuse_what_only_transformer_engine_does():
+    config = tiny_config("dist.device=auto", OFFLOAD).finalize(1)
+    with pytest.raises(UserError, match=r"offload\.cpu_offloading=True: needs Transformer Engine"):
+        check_engine_layers(config, "torch", machine(HOPPER))
+    check_engine_layers(tiny_config().finalize(1), "torch", machine(HOPPER))
+
+
+def test_offloading_of_activations_asks_for_the_interface_that_megatron_uses(monkeypatch):
+    monkeypatch.delenv("NVTE_CPU_OFFLOAD_V1", raising=False)
+    config = tiny_config("dist.device=auto", OFFLOAD).finalize(1)
+    with pytest.raises(UserError, match=r"set env_vars\.NVTE_CPU_OFFLOAD_V1=1"):
+        check_engine_layers(config, "te", machine(HOPPER, "2.10"))
+    check_engine_layers(config, "te", machine(HOPPER, "2.9"))
+    monkeypatch.setenv("NVTE_CPU_OFFLOAD_V1", "1")
+    check_engine_layers(config, "te", machine(HOPPER, "2.10"))
+
+
+def test_late_weight_gradients_need_a_newer_transformer_engine():
+    config = tiny_config("dist.device=auto", *DELAY).finalize(2)
+    with pytest.raises(UserError, match=r"needs Transformer Engine 2\.7, installed is 2\.6"):
+        check_engine_layers(config, "te", machine(HOPPER, "2.6"))
+    check_engine_layers(config, "te", machine(HOPPER, "2.7"))

@@ -75,7 +75,8 @@ def test_offloaded_activations_and_weights_come_back_unchanged(weights):
         "offload={cpu_offloading: true, cpu_offloading_num_layers: 3, "
         f"cpu_offloading_weights: {weights}}}"
     )
-    assert losses_of(*CUDA, *TE, *BF16, offload) == pytest.approx(base, abs=1e-3)
+    interface = "env_vars={NVTE_CPU_OFFLOAD_V1: 1}"
+    assert losses_of(*CUDA, *TE, *BF16, offload, interface) == pytest.approx(base, abs=1e-3)
 
 
 @pytest.mark.parametrize("fraction", ["0.5", "1.0"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mb_config import MixedPrecisionConfig
 from packaging.version import Version
 
-from mb_engine.errors import EngineError
+from mb_engine.precision.support import check_engine_layers
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
@@ -23,20 +23,13 @@ def initialize_overlap(config: ConfigContainer) -> None:
         config: Resolved; process groups must be there.
 
     Raises:
-        EngineError: If what was asked for needs Transformer Engine layers and these are not used.
+        EngineError: If what was asked for needs Transformer Engine layers and these are not used,
+            or another version.
     """
     from mb_engine.model.layer_specs import choose_layer_spec
 
+    check_engine_layers(config, choose_layer_spec(config))
     overlap = config.comm_overlap
-    wants_te = [
-        name for name in ("tp_comm_overlap", "delay_wgrad_compute") if getattr(overlap, name)
-    ]
-    if wants_te and choose_layer_spec(config) != "te":
-        raise EngineError(
-            f"comm_overlap.{wants_te[0]}=True: needs Transformer Engine layers, and"
-            " model.layer_spec=auto chose torch, which are those without Transformer Engine;"
-            ' set it to false, or pip install "mb-engine[te]" on a machine with CUDA'
-        )
     if overlap.tp_comm_overlap:
         base: Any = importlib.import_module("transformer_engine.pytorch.module.base")
         version = Version(importlib.metadata.version("transformer-engine"))

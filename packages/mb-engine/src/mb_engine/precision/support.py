@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -152,3 +153,46 @@ def nearest(scaling: str, half: str, machine: Machine) -> str:
         if not machine.lacks(SCALINGS[other]):
             return f"{half}_{SCALINGS[other].name}"
     return f"{half}_mixed"
+
+
+def check_engine_layers(
+    config: ConfigContainer, layer_spec: str, machine: Machine | None = None
+) -> None:
+    """Refuse what only Transformer Engine's layers do where they are not used, or are too old.
+
+    Args:
+        config: Resolved.
+        layer_spec: What the model is made of, ``te`` or ``torch``.
+        machine: What there is; this machine if None.
+
+    Raises:
+        EngineError: Naming the field and what it needs.
+    """
+    offload = config.offload
+    wanted = {
+        "comm_overlap.tp_comm_overlap": config.comm_overlap.tp_comm_overlap,
+        "comm_overlap.delay_wgrad_compute": config.comm_overlap.delay_wgrad_compute,
+        "offload.cpu_offloading": offload.cpu_offloading,
+    }
+    fields = [field for field, is_on in wanted.items() if is_on]
+    if fields and layer_spec != "te":
+        raise EngineError(
+            f"{fields[0]}=True: needs Transformer Engine layers, and model.layer_spec="
+            f"{config.model.layer_spec} gives those of torch here; set it to false, or"
+            ' pip install "mb-engine[te]" on a machine with CUDA'
+        )
+    engine = (machine or Machine.here()).engine if fields else None
+    if engine is None:
+        return
+    if config.comm_overlap.delay_wgrad_compute and engine < Version("2.7"):
+        raise EngineError(
+            f"comm_overlap.delay_wgrad_compute=True: needs Transformer Engine 2.7, installed is"
+            f" {engine}; set it to false"
+        )
+    new_way = engine >= Version("2.10") and os.environ.get("NVTE_CPU_OFFLOAD_V1", "0") != "1"
+    if offload.cpu_offloading and new_way:
+        raise EngineError(
+            f"offload.cpu_offloading=True: megatron-core offloads by the first interface of"
+            f" Transformer Engine, which {engine} has with NVTE_CPU_OFFLOAD_V1=1; set"
+            " env_vars.NVTE_CPU_OFFLOAD_V1=1"
+        )
