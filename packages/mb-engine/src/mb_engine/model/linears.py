@@ -81,6 +81,9 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
             # Its tokens come from all ranks, and so does its gradient; marked, it would be added
             # up once more over tensor-parallel ranks.
             self.bias.sequence_parallel = False
+            # Tensor-parallel ranks have different experts; unmarked, the norm of the gradients
+            # would count those of one rank alone.
+            self.bias.tensor_model_parallel = True
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the product, and the bias where the caller is to add it.
