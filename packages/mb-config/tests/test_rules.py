@@ -421,7 +421,7 @@ VALID = [
     [CP2, "model.cp_comm_type=[p2p, p2p, a2a, a2a]"],
     [TP2, "model.num_query_groups=1"],
     [MOE, "model.expert_model_parallel_size=2", "model.moe_token_dispatcher_type=alltoall"],
-    [MOE, TP2, SP, "model.expert_tensor_parallel_size=1"],
+    [MOE, TP2, SP, "model.expert_model_parallel_size=2", "model.expert_tensor_parallel_size=1"],
     ["mixed_precision=bf16-mixed"],
     ["mixed_precision=fp16_mixed", "optimizer.use_distributed_optimizer=true",
      "ddp.overlap_grad_reduce=true", "ddp.overlap_param_gather=true"],
