@@ -292,7 +292,16 @@ TABLE: tuple[Row, ...] = (
     # Packed samples
     row("Packed", "TP2 + SP", 2, TP2, SP, shared=PACKED, packed=True),
     row("Packed", "PP2", 2, PP2, shared=PACKED, packed=True),
-    row("Packed", "CP2, all_gather", 2, CP2, shared=PACKED, packed=True, short=True),
+    row(
+        "Packed",
+        "CP2, all_gather",
+        2,
+        CP2,
+        ("model.cp_comm_type=all_gather",),
+        shared=PACKED,
+        packed=True,
+        short=True,
+    ),
     row("Packed", "CP2, ring", 2, CP2, RING, shared=PACKED, packed=True),
     row("Packed", "DP2, distributed optimizer", 2, DISTRIBUTED, shared=PACKED, packed=True),
     row("Packed", "TP2 + SP x CP2", 4, TP2, SP, CP2, RING, shared=PACKED, packed=True),
