@@ -20,7 +20,7 @@ METRICS = RUN / "metrics.jsonl"
 PROMPT = "The import statement "
 MAX_LOSS = 1.9
 MAX_JUMP = 0.15
-STEPS = (45, 105, 120)
+STEPS = (30, 130, 150)
 
 
 def mb_train(*arguments: str) -> None:
@@ -37,7 +37,8 @@ def layouts() -> list[tuple[str, list[str]]]:
 
     two = ["--nproc=2"]
     tp = ["model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
-    pp = [*tp, "model.pipeline_model_parallel_size=2"]
+    stages = ["pipeline_model_parallel_size=2", "num_layers_in_first_pipeline_stage=2"]
+    pp = [*tp, *(f"model.{stage}" for stage in stages)]
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 1:
         cpu = [*two, "dist.device=cpu"]
