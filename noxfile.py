@@ -62,7 +62,11 @@ def find_python() -> str | None:
 
 PYTHON = find_python()
 BUILT: set[str] = set()
+MODES = PACKAGES["mb-engine"] / "tests" / "parity"
 per_package = nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
+per_megatron = nox.parametrize(
+    "newest", [nox.param(False, id="pinned"), nox.param(True, id=COMPAT_MEGATRON)]
+)
 
 nox.needs_version = ">=2024.10"
 nox.options.default_venv_backend = "virtualenv"  # its environments have pip, those of uv do not
@@ -72,6 +76,7 @@ nox.options.sessions = [
     "typing",
     *(f"alone({name})" for name in PACKAGES),
     *(f"tests({name})" for name in PACKAGES),
+    "modes",
     "together",
     "docs_code",
 ]
@@ -223,7 +228,8 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Run the tests of one package: its wheel, what it declares and its test tools, no more."""
     install(session, package, group="test")
-    session.run("pytest", str(PACKAGES[package] / "tests"), *session.posargs, env=ENV)
+    others = ["--ignore", str(MODES)]  # a session of its own runs those
+    session.run("pytest", *others, str(PACKAGES[package] / "tests"), *session.posargs, env=ENV)
 
 
 @nox.session(python=PYTHON, reuse_venv=False)
@@ -277,15 +283,24 @@ def compat(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHON)
-@nox.parametrize("newest", [nox.param(False, id="pinned"), nox.param(True, id=COMPAT_MEGATRON)])
+@per_megatron
+def modes(session: nox.Session, newest: bool) -> None:
+    """Compare the short mode table with one rank, on each supported megatron-core."""
+    install(session, "mb-engine", group="test")
+    env = newest_megatron(session) if newest else ENV
+    session.run("pytest", str(MODES), *session.posargs, env=env)
+
+
+@nox.session(python=PYTHON)
+@per_megatron
 def parity(session: nox.Session, newest: bool) -> None:
     """Compare every mode with one rank and write what was measured; see docs/parity.md."""
     install(session, "mb-engine", group="test")
     env = newest_megatron(session) if newest else ENV
     name = f"parity-megatron-core-{COMPAT_MEGATRON}.md" if newest else "parity.md"
-    script = PACKAGES["mb-engine"] / "tests" / "parity" / "mode_report.py"
     results = ROOT / "benchmarks" / "results" / name
-    session.run("python", "-Wignore", str(script), str(results), *session.posargs, env=env)
+    script = str(MODES / "mode_report.py")
+    session.run("python", "-Wignore", script, str(results), *session.posargs, env=env)
 
 
 @nox.session(venv_params=["--system-site-packages"])

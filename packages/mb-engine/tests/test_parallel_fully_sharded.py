@@ -208,7 +208,7 @@ def without_einops():
 
 @pytest.mark.dist
 def test_says_what_to_install_where_einops_is_missing():
-    for message in run_ranks(without_einops, 2):
+    for message in run_ranks(without_einops, 2, fresh=True):
         assert message == (
             'ddp.use_megatron_fsdp=True needs einops; pip install "mb-engine[fsdp]", or set it to'
             " false"

@@ -150,7 +150,7 @@ def count_all(cases):
 
 @pytest.fixture(scope="module")
 def sent():
-    by_rank = run_ranks(count_all, 2, list(CASES.values()), timeout_s=240.0)
+    by_rank = run_ranks(count_all, 2, list(CASES.values()), timeout_s=240.0, fresh=True)
     return dict(zip(CASES, zip(*by_rank, strict=True), strict=True))
 
 

@@ -258,12 +258,12 @@ def two_rank_outcomes():
 
 @pytest.fixture(scope="module")
 def on_one_rank():
-    return run_ranks(one_rank_outcomes, 1)[0]
+    return run_ranks(one_rank_outcomes, 1, fresh=True)[0]
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks():
-    return run_ranks(two_rank_outcomes, 2)[0]
+    return run_ranks(two_rank_outcomes, 2, fresh=True)[0]
 
 
 NEEDS = {

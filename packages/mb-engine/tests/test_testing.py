@@ -45,6 +45,10 @@ def tensor_of_rank():
     return {"rank": int(os.environ["RANK"]), "tensor": torch.arange(3, dtype=torch.bfloat16)}
 
 
+def imported():
+    return [name in sys.modules for name in ("torch", "megatron.core")]
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)
@@ -60,6 +64,13 @@ def test_each_rank_gets_its_environment_and_results_come_by_rank():
     ]
     assert results[0][1] == results[1][1]
     assert results[0][2] == {"x": 1}
+
+
+def test_a_fresh_rank_has_nothing_imported():
+    import torch
+
+    assert run_ranks(imported, 1, fresh=True) == [[False, False]]
+    assert run_ranks(imported, 1) == [[True, not torch.cuda.is_available()]]
 
 
 def test_the_parents_environment_is_left_alone():

@@ -25,13 +25,12 @@ from attrs import define
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from multiprocessing.context import ForkServerProcess
+    from multiprocessing.process import BaseProcess
 
     from mb_config import ConfigContainer
 
 _POLL_S = 0.02
-# Imported once, in the process that every rank is forked from: what takes long to import and what
-# the engine does not change. Megatron-core is not among it, because the engine patches it first.
+# Imported once, in the process that ranks are forked from: what takes long to import.
 _PRELOADED = [
     "torch",
     "torch.distributed.tensor",
@@ -39,6 +38,7 @@ _PRELOADED = [
     "torch.fx.experimental.symbolic_shapes",
     "torch.utils.tensorboard",
     "pytest",
+    "mb_engine.testing_imports",
 ]
 _IS_RANK = "MB_ENGINE_TEST_RANK"
 
@@ -78,13 +78,17 @@ def tiny_config(*overrides: str) -> ConfigContainer:
 
 
 def run_ranks(
-    function: Callable[..., Any], ranks: int, *args: Any, timeout_s: float = 120.0
+    function: Callable[..., Any],
+    ranks: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    fresh: bool = False,
 ) -> list[Any]:
-    """Run *function* on fresh processes that find each other as torchrun's would.
+    """Run *function* on new processes that find each other as torchrun's would.
 
-    The processes are forked from one that has imported torch and nothing of Megatron, which saves
-    each of them seconds. As with ``multiprocessing``, a script calls this under
-    ``if __name__ == "__main__":``.
+    The processes are forked from one that has imported torch and, without CUDA, megatron-core as
+    the engine adapts it to the CPU, which saves each of them seconds. As with ``multiprocessing``,
+    a script calls this under ``if __name__ == "__main__":``.
 
     Args:
         function: Defined at the top level of a module; it is called with *args* on every rank. The
@@ -92,6 +96,7 @@ def run_ranks(
         ranks: How many processes, each with one thread.
         args: Picklable.
         timeout_s: Seconds until all processes are killed.
+        fresh: Whether they start as new interpreters instead, with nothing imported.
 
     Returns:
         What *function* returned (picklable), by rank.
@@ -109,9 +114,10 @@ def run_ranks(
         call = (function.__module__, inspect.getfile(function), function.__qualname__, args)
         (folder / "call").write_bytes(pickle.dumps(call))
         port = free_port()
-        processes: list[ForkServerProcess] = []
+        processes: list[BaseProcess] = []
         try:
-            processes.extend(_start(folder, rank, ranks, port) for rank in range(ranks))
+            places = [_place(folder, rank, ranks, port) for rank in range(ranks)]
+            processes.extend(_start(place, fresh=fresh) for place in places)
             _wait(processes, folder, time.monotonic() + timeout_s)
         finally:
             for process in processes:
@@ -127,11 +133,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(folder: Path, rank: int, ranks: int, port: int) -> ForkServerProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    with _one_thread():
-        forkserver.ensure_running()
+def _place(folder: Path, rank: int, ranks: int, port: int) -> _Place:
     environment = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -142,7 +144,7 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> ForkServerProcess:
         "OMP_NUM_THREADS": "1",
         _IS_RANK: "1",
     }
-    place = _Place(
+    return _Place(
         folder=folder,
         rank=rank,
         environment=environment,
@@ -150,8 +152,16 @@ def _start(folder: Path, rank: int, ranks: int, port: int) -> ForkServerProcess:
         directory=Path.cwd(),
         outputs={fd: _Inherited(fd) for fd in (1, 2)},
     )
-    process = context.Process(target=_run_rank, args=(place,), daemon=True)
-    process.start()
+
+
+def _start(place: _Place, *, fresh: bool) -> BaseProcess:
+    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    with _one_thread():
+        if not fresh:
+            context.set_forkserver_preload(_PRELOADED)
+            forkserver.ensure_running()
+        process: BaseProcess = context.Process(target=_run_rank, args=(place,), daemon=True)
+        process.start()
     return process
 
 
@@ -184,7 +194,7 @@ def _detach(copy: Any) -> int:
     return number
 
 
-def _wait(processes: list[ForkServerProcess], folder: Path, deadline: float) -> None:
+def _wait(processes: list[BaseProcess], folder: Path, deadline: float) -> None:
     running = list(range(len(processes)))
     while running:
         codes = {rank: processes[rank].exitcode for rank in running}
