@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, saver, tensorstore_io
+from mb_ckpt import CheckpointError, CheckpointStore, packed, writing
 
 
 def state(step, size=20_000):
@@ -35,7 +35,7 @@ def on_each_operation(act):
 
     os.fsync = hooked(os.fsync)
     shutil.rmtree = hooked(shutil.rmtree)
-    saver.write_array = hooked(saver.write_array)
+    writing.write_array = hooked(writing.write_array)
     for name in ("replace", "unlink", "mkdir", "open"):
         setattr(Path, name, hooked(getattr(Path, name)))
 
@@ -59,7 +59,7 @@ def die_at_operation(root, n):
 
 
 def save_for_ever(root, _):
-    tensorstore_io.SHARD_BYTES = 1 << 20
+    packed.SHARD_BYTES = 1 << 20
     with CheckpointStore(root, keep_last=2) as store:
         for step in range(1, 10_000):
             store.save(step, state(step, 300_000))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore, saver
+from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore, writing
 from mb_config.records import TensorShard
 
 WIDE = torch.arange(7 * 10, dtype=torch.float32).reshape(7, 10)
@@ -83,7 +83,7 @@ def load_from_one(rank, root):
 
 
 def failures(rank, root):
-    write = saver.write_array
+    write = writing.write_array
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -91,10 +91,10 @@ def failures(rank, root):
     with CheckpointStore(root) as store:
         store.save(1, state(rank)).result()
         if rank == 1:
-            saver.write_array = full
+            writing.write_array = full
         handle = store.save(2, state(rank))
         raises(CheckpointError, "rank 1: disk full while writing", handle.result)
-        saver.write_array = write
+        writing.write_array = write
         assert store.steps() == [1]
         dist.barrier()
         assert sorted(p.name for p in root.iterdir()) == ["step_00000001"]
@@ -130,9 +130,9 @@ def failures(rank, root):
 
 def refusal(rank, root):
     """Only rank 1 is slow, and both refuse."""
-    go, write = threading.Event(), saver.write_array
+    go, write = threading.Event(), writing.write_array
     if rank == 1:
-        saver.write_array = lambda *a: go.wait(60) and write(*a)
+        writing.write_array = lambda *a: go.wait(60) and write(*a)
     with CheckpointStore(root, on_busy="refuse") as store:
         first = store.save(1, state(rank))
         second = lambda: store.save(2, state(rank))
@@ -154,7 +154,7 @@ def death(rank, root):
                 store.save(step, state(rank)).result()
         store = CheckpointStore(root, process_group=pair, timeout_s=60)
         if rank == 1:
-            saver.write_array = lambda *_: os._exit(9)
+            writing.write_array = lambda *_: os._exit(9)
         handle = store.save(3, state(rank))
         raises(CheckpointError, "rank 0 lost contact with the other ranks", handle.result)
         assert store.steps() == [1, 2]

@@ -8,14 +8,14 @@ import random
 
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError, tensorstore_io
+from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError, packed
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A step of several small files, and a function that loads all of it into garbage."""
-    monkeypatch.setattr(tensorstore_io, "SHARD_BYTES", 16384)
-    monkeypatch.setattr(tensorstore_io, "INNER_BYTES", 4096)
+    monkeypatch.setattr(packed, "SHARD_BYTES", 16384)
+    monkeypatch.setattr(packed, "INNER_BYTES", 4096)
     state = {f"t{i}": torch.randn(900, generator=torch.manual_seed(i)) for i in range(12)}
     with CheckpointStore(tmp_path) as store:
         store.save(4, {**state, "n": {"lr": 0.1}})

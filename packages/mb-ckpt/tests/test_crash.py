@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, saver
+from mb_ckpt import CheckpointError, CheckpointStore, writing
 
 WORKER = Path(__file__).with_name("crash_worker.py")
 
@@ -115,7 +115,7 @@ def test_any_file_operation_may_fail_and_the_run_goes_on(tmp_path, monkeypatch, 
             with monkeypatch.context() as patch:
                 patch.setattr(os, "fsync", hooked(os.fsync))
                 patch.setattr(shutil, "rmtree", hooked(shutil.rmtree))
-                patch.setattr(saver, "write_array", hooked(saver.write_array))
+                patch.setattr(writing, "write_array", hooked(writing.write_array))
                 for name in ("replace", "unlink", "mkdir", "open"):
                     patch.setattr(Path, name, hooked(getattr(Path, name)))
                 handle = store.save(2, state)
@@ -147,7 +147,7 @@ def test_a_full_disk_is_called_so_as_tensorstore_says_it(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path) as store:
         store.save(1, {"w": torch.ones(3)}).result()
         with monkeypatch.context() as patch:
-            patch.setattr(saver, "write_array", full)
+            patch.setattr(writing, "write_array", full)
             handle = store.save(2, {"w": torch.zeros(3)})
             with pytest.raises(
                 CheckpointError, match="step 2 was not saved: rank 0: disk full while"

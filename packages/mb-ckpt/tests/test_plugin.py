@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from mb_ckpt import CheckpointBusyError, CheckpointError, saver
+from mb_ckpt import CheckpointBusyError, CheckpointError, writing
 from mb_ckpt.plugin import make_checkpointer
 from mb_config import CheckpointConfig
 from mb_config.records import ProcessLayout
@@ -70,11 +70,11 @@ def test_keeps_as_many_as_configured(tmp_path, settings, kept):
 def test_async_save_and_async_queue_are_passed_on(tmp_path, monkeypatch):
     import threading
 
-    go, write = threading.Event(), saver.write_array
+    go, write = threading.Event(), writing.write_array
     sync = make(save=str(tmp_path / "a"), async_save=False)
     assert sync.save(1, {"w": torch.ones(1)}).done()
     sync.close()
-    monkeypatch.setattr(saver, "write_array", lambda *a: go.wait(20) and write(*a))
+    monkeypatch.setattr(writing, "write_array", lambda *a: go.wait(20) and write(*a))
     refusing = make(save=str(tmp_path / "b"), async_queue="refuse")
     assert not refusing.save(1, {"w": torch.ones(1)}).done()
     with pytest.raises(CheckpointBusyError):

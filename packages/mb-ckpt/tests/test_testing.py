@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mb_ckpt import CheckpointStore
 from mb_ckpt.plugin import make_checkpointer
-from mb_ckpt.stores import FileStore, MemoryStore
+from mb_ckpt.stores import FileStore, open_store
 from mb_ckpt.testing import CheckpointerKit, StoreKit
 from mb_config import CheckpointConfig
 from mb_config.records import ProcessLayout
@@ -31,9 +31,9 @@ class TestFileStore(StoreKit):
         return FileStore(Path(tempfile.mkdtemp()) / "run")
 
 
-class TestMemoryStore(StoreKit):
+class Testopen_store(StoreKit):
     def make_store(self):
-        return MemoryStore(f"memory://{tempfile.mkdtemp()}")
+        return open_store(f"memory://{tempfile.mkdtemp()}")
 
 
 class TestCheckpointStore(CheckpointerKit):

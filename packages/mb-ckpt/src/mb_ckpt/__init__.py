@@ -4,14 +4,18 @@
 from mb_ckpt.__about__ import __version__
 from mb_ckpt.errors import CheckpointBusyError, CheckpointError, CorruptCheckpointError
 from mb_ckpt.inspection import StepInfo, TensorInfo, Verified
+from mb_ckpt.loading import Loaded
+from mb_ckpt.retention import Best
 from mb_ckpt.saver import SaveHandle
 from mb_ckpt.store import CheckpointStore
 
 __all__ = [
+    "Best",
     "CheckpointBusyError",
     "CheckpointError",
     "CheckpointStore",
     "CorruptCheckpointError",
+    "Loaded",
     "SaveHandle",
     "StepInfo",
     "TensorInfo",

@@ -27,9 +27,8 @@ def step_name(step: int) -> str:
 def directories(store: Store) -> dict[int, list[str]]:
     """Return the names in the directory of every step, committed or not, by step, ascending."""
     try:
-        matches = (_STEP.fullmatch(name) for name in store.names(""))
-        steps = sorted(int(match[1]) for match in matches if match)
-        return {step: store.names(step_name(step)) for step in steps}
+        found = [(_STEP.fullmatch(name), names) for name, names in store.tree().items()]
+        return dict(sorted((int(match[1]), names) for match, names in found if match))
     except (OSError, ValueError) as e:
         raise storage_error(f"listing {store.url}", e) from e
 

@@ -14,8 +14,10 @@ from attrs import field, frozen
 from mb_ckpt import plain_tree
 from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
+from mb_ckpt.layouts import grid_of
 from mb_ckpt.reader import READ_BYTES, damage, data_path, open_file
 from mb_ckpt.tensorstore_io import get, start_read
+from mb_ckpt.zarr_reader import verify_arrays
 
 if TYPE_CHECKING:
     from mb_ckpt.interfaces import Store
@@ -30,7 +32,7 @@ class TensorInfo:
         dtype: As torch prints it, without the prefix.
         shape: Of the whole tensor.
         nbytes: Of the whole tensor.
-        pieces: In how many boxes it is stored.
+        pieces: In how many boxes it is stored; in layout zarr, in how many chunks.
     """
 
     dtype: str
@@ -48,6 +50,9 @@ class StepInfo:
         path: Its directory.
         nbytes: Of all tensors.
         world_size: Ranks that wrote it.
+        layout: ``"packed"`` or ``"zarr"``.
+        compression: Level of zstd, None for none.
+        metrics: As given to ``save``.
         created: When it was committed, ISO 8601, UTC.
         versions: Of the software that wrote it.
         tensors: By key.
@@ -58,6 +63,9 @@ class StepInfo:
     path: str
     nbytes: int
     world_size: int
+    layout: str
+    compression: int | None
+    metrics: dict[str, float]
     created: str
     versions: dict[str, str]
     tensors: dict[str, TensorInfo] = field(repr=False)
@@ -86,7 +94,9 @@ def describe(store: Store, manifest: Manifest) -> StepInfo:
             dtype=t.dtype,
             shape=t.shape,
             nbytes=prod(t.shape) * getattr(torch, t.dtype).itemsize,
-            pieces=len(t.chunks),
+            pieces=len(t.chunks)
+            if t.chunk_shape is None
+            else prod(grid_of(t.shape, t.chunk_shape)),
         )
         for key, t in manifest.tensors.items()
     }
@@ -95,6 +105,9 @@ def describe(store: Store, manifest: Manifest) -> StepInfo:
         path=f"{store.url}/{step_name(manifest.step)}",
         nbytes=sum(t.nbytes for t in tensors.values()),
         world_size=manifest.world_size,
+        layout=manifest.layout,
+        compression=manifest.compression,
+        metrics=manifest.metrics,
         created=manifest.created,
         versions=manifest.versions,
         tensors=tensors,
@@ -109,15 +122,18 @@ def verify(store: Store, manifest: Manifest) -> Verified:
         CorruptCheckpointError: If something is damaged or missing; names tensors and files.
     """
     faults: list[str] = []
+    nbytes = sum(file.grid.nbytes for file in manifest.files)
     for index in range(len(manifest.files)):
         _verify_file(store, manifest, index, faults)
+    if manifest.layout == "zarr":
+        nbytes = verify_arrays(store, manifest, faults)
     if faults:
         more = f" (and {len(faults) - 1} more damaged places)" if len(faults) > 1 else ""
         raise CorruptCheckpointError(f"{faults[0]}{more}")
     return Verified(
         step=manifest.step,
         tensors=len(manifest.tensors),
-        nbytes=sum(file.grid.nbytes for file in manifest.files),
+        nbytes=nbytes,
     )
 
 
@@ -146,7 +162,7 @@ def _verify_file(store: Store, manifest: Manifest, index: int, faults: list[str]
 
 def _fault(array: Any, start: int, out: Any) -> Exception | None:
     try:
-        start_read(array, start, out).result()
+        start_read(array, slice(start, start + len(out)), out).result()
     except (ValueError, OSError, CheckpointError) as e:
         return e
     return None

@@ -1,67 +1,267 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filling a nested state from one step."""
+"""Filling a nested state from one step: what fits what, and what to do where something does not."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import difflib
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from attrs import evolve, field, frozen
 
 from mb_ckpt import plain_tree
 from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.reader import check, fill, listing
+from mb_ckpt.meta_modules import materialize
+from mb_ckpt.reader import fill, listing
 from mb_ckpt.state import Piece, Stateful, flatten, whole
+from mb_ckpt.zarr_reader import fill_arrays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from mb_ckpt.interfaces import Store
     from mb_ckpt.manifest import Manifest
+    from mb_ckpt.state import FlatState
+
+_CAST_BYTES = 256 << 20
+"""Most bytes of stored values held beside the state while they are cast."""
 
 
-def load(store: Store, manifest: Manifest, state: Mapping[str, Any]) -> dict[str, Any]:
+@frozen(kw_only=True)
+class LoadOptions:
+    """How to match a state to a step; see `CheckpointStore.load`."""
+
+    only: tuple[str, ...] | None = None
+    rename: Mapping[str, str] = field(factory=dict)
+    missing: Literal["error", "ignore"] = "error"
+    unexpected: Literal["modules", "error", "ignore"] = "modules"
+    cast: bool = False
+    device: Any = None
+
+    def wants(self, key: str) -> bool:
+        """Return whether the tensor *key* of the state is to be filled."""
+        return self.only is None or key.startswith(self.only)
+
+    def stored(self, key: str) -> str:
+        """Return where *key*, or a beginning of keys, is in the step; the longest prefix counts."""
+        for mine in sorted(self.rename, key=len, reverse=True):
+            if key.startswith(mine):
+                return self.rename[mine] + key[len(mine) :]
+        return key
+
+
+class Loaded(dict[str, Any]):
+    """The plain data of a step, without the tensors.
+
+    Attributes:
+        step: Which step.
+        place: Where it was.
+        filled: Keys of the state's tensors that were filled.
+        missing: Keys of the state that the step does not have; they are as they were.
+        unexpected: Keys of the step that nothing asked for.
+    """
+
+    def __init__(
+        self,
+        plain: Mapping[str, Any],
+        *,
+        step: int,
+        place: str,
+        filled: tuple[str, ...] = (),
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(plain)
+        self.step = step
+        self.place = place
+        self.filled = filled
+        self.missing = missing
+        self.unexpected = unexpected
+
+
+def load(
+    store: Store, manifest: Manifest, state: Mapping[str, Any], options: LoadOptions
+) -> Loaded:
     """Fill *state* from the step of *manifest*; see `CheckpointStore.load`."""
-    flat = flatten(state, loading=True)
     place = f"{store.url}/{step_name(manifest.step)}"
-    for module in flat.modules:
-        _check_keys(manifest, module, flat.pieces, place)
-    trees = [_subtree(manifest, item, place) for item in flat.statefuls]
-    fresh = {key: _empty(manifest, key) for tree in trees for key in plain_tree.tensor_keys(tree)}
-    pieces = [*flat.pieces, *(whole(tensor, key) for key, tensor in fresh.items())]
-    check(manifest, pieces, place)
-    fill(store, manifest, pieces)
+    with materialize(state, options.device):
+        flat = flatten(state, loading=True)
+        matching = _Matching(manifest, options, place)
+        trees = matching.trees(flat.statefuls)
+        fresh = {key: _empty(manifest, key) for tree in trees for key in _tensors(tree)}
+        pieces = matching.pieces(flat, fresh)
+        unexpected = matching.unexpected(flat, pieces)
+        matching.check(flat, pieces, unexpected)
+    direct = [p for p in pieces if _fits(p)]
+    _fill(store, manifest, direct)
+    _fill_cast(store, manifest, [p for p in pieces if not _fits(p)])
     for item, tree in zip(flat.statefuls, trees, strict=True):
-        item.target.load_state_dict(plain_tree.decode(tree, fresh))
+        if tree is not None:
+            item.target.load_state_dict(plain_tree.decode(tree, fresh))
     for module in flat.modules:
-        _load_extra(manifest, module)
-    return plain_tree.decode(manifest.tree) or {}
+        _load_extra(manifest, module, options)
+    return Loaded(
+        plain_tree.decode(manifest.tree) or {},
+        step=manifest.step,
+        place=place,
+        filled=tuple(dict.fromkeys(p.key for p in pieces if p.key)),
+        missing=tuple(dict.fromkeys(matching.missing)),
+        unexpected=unexpected,
+    )
 
 
-def _check_keys(manifest: Manifest, module: Stateful, pieces: list[Piece], place: str) -> None:
-    """Refuse a module that is not the one that was saved: neither less nor more."""
-    prefix = ".".join((*module.path, ""))
-    stored = {key for key in manifest.tensors if key.startswith(prefix)}
-    wanted = {piece.key for piece in pieces if piece.plain and piece.key.startswith(prefix)}
-    if stored == wanted:
-        return
-    parts = []
-    if wanted - stored:
-        parts.append(f"{place} lacks {listing(sorted(wanted - stored))}")
-    if stored - wanted:
-        parts.append(f"the module lacks {listing(sorted(stored - wanted))}")
-    name = ".".join(module.path) or "state"
-    raise CheckpointError(f"{name!r} is not the module that was saved: {'; '.join(parts)}")
+@frozen(eq=False)
+class _Wanted:
+    """A piece of the state with the key it has here, and a spec as the step has it."""
+
+    key: str
+    spec: Any
+    data: torch.Tensor
 
 
-def _subtree(manifest: Manifest, item: Stateful, place: str) -> Any:
-    tree = plain_tree.find(manifest.tree, item.path)
-    if tree is plain_tree.ABSENT or tree is None:
-        raise CheckpointError(
-            f"{place} lacks {'.'.join(item.path)!r}, the state of a {type(item.target).__name__}: "
-            "leave it out of what is loaded"
-        )
-    return tree
+@frozen(eq=False)
+class _Matching:
+    """What of a state is in a step."""
+
+    manifest: Manifest
+    options: LoadOptions
+    place: str
+    missing: list[str] = field(factory=list)
+    wrong: list[str] = field(factory=list)
+
+    def trees(self, statefuls: Iterable[Stateful]) -> list[Any]:
+        """Return the stored plain data of objects; None for those that are left alone."""
+        found = []
+        for item in statefuls:
+            tree = plain_tree.find(self.manifest.tree, self.options.stored(item.path))
+            if not self.options.wants(item.path):
+                tree = None
+            elif tree is plain_tree.ABSENT or tree is None:
+                if self.options.missing == "error":
+                    raise CheckpointError(
+                        f"{self.place} lacks {item.path!r}, the state of a "
+                        f"{type(item.target).__name__}: leave it out of what is loaded"
+                    )
+                self.missing.append(item.path)
+                tree = None
+            found.append(tree)
+        return found
+
+    def pieces(self, flat: FlatState, fresh: Mapping[str, torch.Tensor]) -> list[_Wanted]:
+        """Return what is to be filled: of the state, and of *fresh* tensors of objects."""
+        wanted = []
+        for piece in flat.pieces():
+            key = piece.spec.key
+            if not self.options.wants(key):
+                continue
+            stored = self.options.stored(key)
+            if stored not in self.manifest.tensors:
+                self.missing.append(key)
+                continue
+            entry = self.manifest.tensors[stored]
+            if entry.shape != piece.spec.shape or (
+                entry.dtype != piece.spec.dtype and not self.options.cast
+            ):
+                there = f"{entry.dtype}{list(entry.shape)}"
+                here = f"{piece.spec.dtype}{list(piece.spec.shape)}"
+                self.wrong.append(f"{key} is {there} there, {here} here")
+            spec = piece.spec
+            if (stored, entry.dtype) != (spec.key, spec.dtype):
+                spec = evolve(spec, key=stored, dtype=entry.dtype)
+            wanted.append(_Wanted(key, spec, piece.data))
+        return wanted + [_Wanted("", whole(t, key), t) for key, t in fresh.items()]
+
+    def unexpected(self, flat: FlatState, pieces: Iterable[_Wanted]) -> tuple[str, ...]:
+        """Return the keys of the step that nothing asked for."""
+        taken = {piece.spec.key for piece in pieces}
+        left = [key for key in self.manifest.tensors if key not in taken]
+        if self.options.only is not None:
+            roots = tuple(self.options.stored(prefix) for prefix in self.options.only)
+            left = [key for key in left if key.startswith(roots)]
+        if self.options.unexpected == "modules":
+            roots = tuple(self._root(module) for module in flat.modules)
+            left = [key for key in left if key.startswith(roots)]
+        return tuple(left)
+
+    def check(
+        self, flat: FlatState, pieces: Iterable[_Wanted], unexpected: tuple[str, ...]
+    ) -> None:
+        """Refuse what does not fit, before anything is changed.
+
+        Raises:
+            CheckpointError: Names all missing and unexpected keys, or all wrong shapes and dtypes.
+        """
+        missing = self.missing if self.options.missing == "error" else []
+        surplus = unexpected if self.options.unexpected != "ignore" else ()
+        for module in flat.modules:
+            self._check_module(module, missing, surplus)
+        if missing:
+            near = difflib.get_close_matches(missing[0], self.manifest.tensors, n=1, cutoff=0.5)
+            hint = f"; nearest to the first is {near[0]!r}" if near else ""
+            raise CheckpointError(
+                f"{self.place} lacks {listing(missing)}{hint}; load with the model that was saved, "
+                "ask for fewer keys, or use missing='ignore'"
+            )
+        if surplus:
+            raise CheckpointError(
+                f"nothing asks for {listing(list(surplus))} of {self.place}: ask for it, or use "
+                "unexpected='ignore'"
+            )
+        if self.wrong:
+            raise CheckpointError(f"{self.place} does not fit: {listing(self.wrong)}")
+        for piece in pieces:
+            stored, here = getattr(torch, piece.spec.dtype), piece.data.dtype
+            if stored.is_complex and not here.is_complex:
+                raise CheckpointError(
+                    f"{self.place} does not fit: {piece.key} is {piece.spec.dtype} there and cannot "
+                    f"be cast to {here}"
+                )
+
+    def _check_module(self, module: Stateful, missing: list[str], surplus: tuple[str, ...]) -> None:
+        """Refuse a module that is not the one that was saved: neither less nor more."""
+        prefix, root = f"{module.path}." if module.path else "", self._root(module)
+        lacks = sorted(key for key in missing if key.startswith(prefix))
+        more = sorted(key for key in surplus if key.startswith(root))
+        parts = []
+        if lacks:
+            parts.append(f"{self.place} lacks {listing(lacks)}")
+        if more:
+            parts.append(f"the module lacks {listing(more)}")
+        if parts:
+            name = module.path or "state"
+            raise CheckpointError(f"{name!r} is not the module that was saved: {'; '.join(parts)}")
+
+    def _root(self, module: Stateful) -> str:
+        return self.options.stored(f"{module.path}." if module.path else "")
+
+
+def _tensors(tree: Any) -> list[str]:
+    return [] if tree is None else plain_tree.tensor_keys(tree)
+
+
+def _fits(piece: _Wanted) -> bool:
+    return str(piece.data.dtype) == f"torch.{piece.spec.dtype}"
+
+
+def _fill(store: Store, manifest: Manifest, wanted: Iterable[_Wanted]) -> None:
+    pieces = [Piece(w.spec, w.data) for w in wanted]
+    (fill_arrays if manifest.layout == "zarr" else fill)(store, manifest, pieces)
+
+
+def _fill_cast(store: Store, manifest: Manifest, wanted: list[_Wanted]) -> None:
+    """Fill tensors of other dtypes than stored, by way of a limited number of them as stored."""
+    while wanted:
+        batch: list[tuple[_Wanted, _Wanted]] = []
+        nbytes = 0
+        while wanted and (not batch or nbytes < _CAST_BYTES):
+            piece = wanted.pop()
+            room = torch.empty(piece.data.shape, dtype=getattr(torch, piece.spec.dtype))
+            nbytes += room.numel() * room.element_size()
+            batch.append((piece, _Wanted(piece.key, piece.spec, room)))
+        _fill(store, manifest, [stored for _, stored in batch])
+        for piece, stored in batch:
+            piece.data.copy_(stored.data)
 
 
 def _empty(manifest: Manifest, key: str) -> torch.Tensor:
@@ -69,9 +269,11 @@ def _empty(manifest: Manifest, key: str) -> torch.Tensor:
     return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
 
 
-def _load_extra(manifest: Manifest, module: Stateful) -> None:
+def _load_extra(manifest: Manifest, module: Stateful, options: LoadOptions) -> None:
     """Give a module the plain data of its state (``get_extra_state``); its tensors are filled."""
-    tree = plain_tree.find(manifest.tree, module.path)
+    if not options.wants(f"{module.path}."):
+        return
+    tree = plain_tree.find(manifest.tree, options.stored(module.path))
     plain = None if tree is plain_tree.ABSENT else plain_tree.decode(tree)
     if plain:
         module.target.load_state_dict({**module.target.state_dict(), **plain})

@@ -102,14 +102,19 @@ def items_of(tree: Any) -> list[tuple[Any, Any]]:
     return list(tree.items())
 
 
-def find(tree: Any, path: tuple[str, ...]) -> Any:
-    """Return the stored subtree at *path* (keys as text), not decoded, or `ABSENT`."""
-    for name in path:
-        matches = [value for key, value in items_of(tree) if str(key) == name]
-        if not matches:
-            return ABSENT
-        tree = matches[0]
-    return tree
+def find(tree: Any, path: str) -> Any:
+    """Return the stored subtree at the dotted *path*, not decoded, or `ABSENT`."""
+    if not path:
+        return tree
+    for key, value in items_of(tree):
+        name = str(key)
+        if path == name:
+            return value
+        if path.startswith(f"{name}."):  # names may hold dots themselves
+            found = find(value, path[len(name) + 1 :])
+            if found is not ABSENT:
+                return found
+    return ABSENT
 
 
 def tensor_keys(tree: Any) -> list[str]:

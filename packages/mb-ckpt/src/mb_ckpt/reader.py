@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,9 @@ from torch import Tensor
 from mb_ckpt.boxes import Box, cut, extent, strides
 from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError, storage_error
-from mb_ckpt.staging import ALIGNMENT, bits
-from mb_ckpt.tensorstore_io import INNER_BYTES, open_array, start_read
+from mb_ckpt.packed import INNER_BYTES, array_metadata, open_array
+from mb_ckpt.planning import ALIGNMENT
+from mb_ckpt.tensorstore_io import start_read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,6 +32,18 @@ _IN_FLIGHT = 4
 _MANY_CHUNKS = 16
 # What tensorstore says of a file that is there, or should be, and does not hold what it should.
 _DAMAGED = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return *tensor* seen as integers of the same width, so that a copy keeps every bit pattern.
+
+    complex128, for which there is no such integer, comes back as it is.
+    """
+    kind = _BITS.get(tensor.element_size())
+    return tensor if kind is None else tensor.view(kind)
 
 
 @frozen(eq=False)
@@ -78,30 +90,6 @@ class Read:
     segments: list[Segment]
 
 
-def check(manifest: Manifest, pieces: Iterable[Piece], place: str) -> None:
-    """Refuse *pieces* that are not in the step as they are wanted, before anything is changed.
-
-    Raises:
-        CheckpointError: Names all missing keys, or all wrong shapes and dtypes.
-    """
-    missing = [piece.key for piece in pieces if piece.key not in manifest.tensors]
-    if missing:
-        near = difflib.get_close_matches(missing[0], manifest.tensors, n=1, cutoff=0.5)
-        hint = f"; nearest to the first is {near[0]!r}" if near else ""
-        raise CheckpointError(
-            f"{place} lacks {listing(missing)}{hint}; load with the model that was saved, or ask "
-            "for fewer keys"
-        )
-    wrong = []
-    for piece in pieces:
-        entry = manifest.tensors[piece.key]
-        if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
-            stored = f"{entry.dtype}{list(entry.shape)}"
-            wrong.append(f"{piece.key} is {stored} there, {piece.dtype}{list(piece.shape)} here")
-    if wrong:
-        raise CheckpointError(f"{place} does not fit: {listing(wrong)}")
-
-
 def listing(names: list[str], most: int = 10) -> str:
     """Return *names* for a message, the first *most* of them and how many more there are."""
     names = list(dict.fromkeys(names))
@@ -110,12 +98,12 @@ def listing(names: list[str], most: int = 10) -> str:
 
 
 def fill(store: Store, manifest: Manifest, pieces: list[Piece]) -> None:
-    """Write the stored values into the data of *pieces*, which `check` has passed.
+    """Write the stored values of a packed step into the data of *pieces*, which fit it.
 
     Raises:
         CorruptCheckpointError: If stored bytes are damaged or missing; names tensor and file.
     """
-    segments = [s for piece in pieces for s in _segments(piece, manifest.tensors[piece.key])]
+    segments = [s for piece in pieces for s in _segments(piece, manifest.tensors[piece.spec.key])]
     _Filling(store, manifest).run(_reads(segments))
 
 
@@ -154,7 +142,7 @@ class _Filling:
         if out is None:
             buffer = self.buffers.pop() if self.buffers else _buffer()
             out = buffer[: read.stop - read.start]
-        future = start_read(self.arrays[read.file], read.start, out.numpy())
+        future = start_read(self.arrays[read.file], slice(read.start, read.stop), out.numpy())
         self.pending.append((read, future, buffer))
 
     def _finish(self) -> None:
@@ -168,8 +156,7 @@ class _Filling:
                 self._read_alone(segment)
         else:
             if buffer is not None:
-                for s in read.segments:
-                    s.scatter(buffer[s.start - read.start : s.stop - read.start])
+                _hand_out(read, buffer)
         if buffer is not None:
             self.buffers.append(buffer)
 
@@ -177,16 +164,29 @@ class _Filling:
         first = segment.start - segment.start % ALIGNMENT
         out = torch.empty(segment.stop - first, dtype=torch.uint8)
         try:
-            start_read(self.arrays[segment.file], first, out.numpy()).result()
+            where = slice(first, segment.stop)
+            start_read(self.arrays[segment.file], where, out.numpy()).result()
         except (ValueError, OSError) as e:
             path = f"{self.store.url}/{data_path(self.manifest, segment.file)}"
             raise damage(path, [segment.key], e) from e
         segment.scatter(out[segment.start - first :])
 
 
+def _hand_out(read: Read, buffer: Tensor) -> None:
+    """Copy what *read* brought to where it belongs, all in one call that frees the interpreter."""
+    targets, values = [], []
+    for s in read.segments:
+        target = bits(s.target)
+        run = buffer[s.start - read.start : s.stop - read.start].view(target.dtype)
+        targets.append(target)
+        values.append(run.as_strided(target.shape, s.strides, run.storage_offset()))
+    torch._foreach_copy_(targets, values)
+
+
 def open_file(store: Store, manifest: Manifest, index: int) -> Any:
     """Return the packed array of one rank, as tensorstore opens it."""
-    return open_array(store.kvstore, data_path(manifest, index), manifest.files[index].grid)
+    metadata = array_metadata(manifest.files[index].grid)
+    return open_array(store.kvstore, data_path(manifest, index), metadata)
 
 
 def data_path(manifest: Manifest, index: int) -> str:
@@ -206,7 +206,7 @@ def damage(path: str, keys: list[str], error: Exception) -> CheckpointError:
     text = str(error)
     if any(status in text for status in _DAMAGED):
         kind = "missing" if "is missing" in text else "corrupt"
-        file = re.search(r'(/c/\d+)"', text)
+        file = re.search(r'(/c(?:/\d+)*)"', text)
         return CorruptCheckpointError(
             f"{path}{file[1] if file else ''} is {kind}, it holds {names}: load another step "
             f"({text.split(' [', maxsplit=1)[0]})"
@@ -216,14 +216,14 @@ def damage(path: str, keys: list[str], error: Exception) -> CheckpointError:
 
 def _segments(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
     """Yield the runs of bytes that together fill *piece*."""
-    width = piece.data.element_size()
+    key, width = piece.spec.key, piece.data.element_size()
     gap, limit = INNER_BYTES // width, READ_BYTES // width
     for box, view in piece.views():
         if len(entry.chunks) == 1 and view.numel() <= limit:
             file, first, offset, shape = entry.chunks[0]
             if (offset, shape) == (box.offset, box.shape):  # nearly always: spared the algebra
                 stop = first + view.numel() * width
-                yield Segment(piece.key, file, first, stop, strides(shape), view)
+                yield Segment(key, file, first, stop, strides(shape), view)
                 continue
         found = 0
         for chunk in _near(box, entry.chunks):
@@ -242,7 +242,7 @@ def _segments(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
                     p + o - b for p, o, b in zip(part.offset, offset, box.offset, strict=True)
                 )
                 yield Segment(
-                    key=piece.key,
+                    key=key,
                     file=file,
                     start=start,
                     stop=start + extent(part.shape, stride) * width,
@@ -251,7 +251,7 @@ def _segments(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
                 )
         if found != box.volume:
             raise CorruptCheckpointError(
-                f"tensor {piece.key!r}: the manifest holds {found} of the {box.volume} elements at "
+                f"tensor {key!r}: the manifest holds {found} of the {box.volume} elements at "
                 f"{box.offset}: load another step"
             )
 

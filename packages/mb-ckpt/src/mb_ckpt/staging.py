@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The blocking half of a save: tensors copied into one reused host buffer.
+"""Tensors copied into one reused host buffer, at once or behind the next forward and backward.
 
 The buffer is kept between saves: a copy into pages that are already there is some ten times faster
 than one into fresh pages.
@@ -7,92 +7,131 @@ than one into fresh pages.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
-from attrs import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mb_ckpt.state import Piece
+    from mb_ckpt.host_memory import HostMemory
+    from mb_ckpt.planning import Share
     from mb_ckpt.tensorstore_io import Bytes
 
-ALIGNMENT = 16
-"""Every piece begins at a multiple of this many bytes: the widest dtype, complex128."""
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return *tensor* seen as integers of the same width, so that a copy keeps every bit pattern.
-
-    complex128, for which there is no such integer, comes back as it is.
-    """
-    kind = _BITS.get(tensor.element_size())
-    return tensor if kind is None else tensor.view(kind)
-
-
-def pack(pieces: Sequence[Piece]) -> tuple[list[int], int]:
-    """Return where each piece begins in one run of bytes, and the length of it."""
-    starts, end = [], 0
-    for piece in pieces:
-        starts.append(end)
-        end += -(-piece.nbytes // ALIGNMENT) * ALIGNMENT
-    return starts, end
-
-
-_Place = tuple[int, torch.dtype, torch.Size]
-
-
-@frozen(eq=False)
 class Snapshot:
     """Staged values: nobody but the writer touches them until the buffer is staged into again."""
 
-    data: Bytes
-    event: Any = None
+    def __init__(self, data: Bytes, event: Any = None) -> None:
+        self.data = data
+        self._event = event
 
     def wait(self) -> None:
         """Return when copies from the device are done."""
-        if self.event is not None:
-            self.event.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Fence:
+    """What stands between a lazy copy and the next change of the tensors."""
+
+    def __init__(self) -> None:
+        self._begun = threading.Event()
+        self._event: Any = None
+
+    def open(self, event: Any = None) -> None:
+        """Say that all copies are done or, with *event*, queued before it."""
+        self._event = event
+        self._begun.set()
+
+    def wait(self) -> None:
+        """Return when the tensors may change.
+
+        With CUDA that is said to the current stream: what is queued on it from now on runs after
+        the copies, and the host goes on.
+        """
+        self._begun.wait()
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
 
 
 class HostBuffer:
-    """Host memory that grows to the largest save and stays; pinned once CUDA tensors come."""
+    """Copies a rank's share of a state into host memory that grows to the largest save.
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._places: list[_Place] = []
+    Args:
+        memory: Where to.
+    """
+
+    def __init__(self, memory: HostMemory) -> None:
+        self._memory = memory
+        self._share: Share | None = None
         self._views: list[torch.Tensor] = []
+        self._stream: Any = None
 
-    def stage(self, pieces: Sequence[Piece], starts: Sequence[int], total: int) -> Snapshot:
-        """Copy *pieces* to *starts*.
+    def stage(
+        self, share: Share, tensors: Sequence[torch.Tensor], *, ready: Any = None
+    ) -> tuple[Snapshot, Any]:
+        """Copy what *share* says out of *tensors*.
 
-        Copies from CUDA are queued on the current stream: what is queued on it later, such as the
-        next optimizer step, finds them done.
+        Args:
+            share: What to copy.
+            tensors: All of this rank's pieces.
+            ready: A CUDA event after which the values may be read. With it copies from CUDA run on a
+                stream of their own, else on the current stream, where what is queued later finds
+                them done.
+
+        Returns:
+            The copy, and the CUDA event that follows it, None without CUDA.
         """
-        on_cuda = any(piece.data.is_cuda for piece in pieces)
-        self._reserve(total, pinned=on_cuda)
-        sources = [bits(piece.data) for piece in pieces]
-        places = [(at, s.dtype, s.shape) for at, s in zip(starts, sources, strict=True)]
-        if places != self._places:
-            self._views = [self._view(place) for place in places]
-            self._places = places
-        for view, source in zip(self._views, sources, strict=True):
-            view.copy_(source, non_blocking=True)
-        event = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
-        if event is not None:
-            event.record()
-        return Snapshot(self._memory[:total].numpy(), event)
+        sources = [
+            tensors[part.index] if part.rows is None else tensors[part.index].narrow(*part.rows)
+            for part in share.parts
+        ]
+        cuda = next((s.device for s in sources if s.is_cuda), None)
+        if self._memory.reserve(share.total, pinned=cuda is not None) or share is not self._share:
+            self._views = _views(self._memory.tensor, share, sources)
+            self._share = share
+        event = None
+        if cuda is None:
+            _copy(self._views, sources)
+        else:
+            event = self._copy_from_cuda(sources, cuda, ready)
+        return Snapshot(self._memory.tensor[: share.total].numpy(), event), event
 
-    def _view(self, place: _Place) -> torch.Tensor:
-        start, dtype, shape = place
-        nbytes = shape.numel() * dtype.itemsize
-        return self._memory[start : start + nbytes].view(dtype).view(shape)
+    def _copy_from_cuda(self, sources: list[torch.Tensor], device: Any, ready: Any) -> Any:
+        if ready is None:
+            stream = torch.cuda.current_stream(device)
+        else:
+            self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self._stream
+            stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            _copy(self._views, sources)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        return event
 
-    def _reserve(self, total: int, *, pinned: bool) -> None:
-        if self._memory.numel() < total or (pinned and not self._memory.is_pinned()):
-            self._places, self._views = [], []
-            self._memory = torch.empty(0, dtype=torch.uint8)  # freed first: never two buffers
-            # Zeroed so that padding never carries what was in memory before.
-            self._memory = torch.zeros(total, dtype=torch.uint8, pin_memory=pinned)
+    def close(self) -> None:
+        """Give the memory back."""
+        self._share, self._views = None, []
+        self._memory.close()
+
+
+def _copy(views: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy all in one call that lets other Python threads run meanwhile."""
+    if views:
+        with torch.no_grad():
+            torch._foreach_copy_(views, sources, non_blocking=True)
+
+
+def _views(
+    memory: torch.Tensor, share: Share, sources: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the places in *memory* with the shapes and dtypes of *sources*."""
+    views = []
+    for part, source in zip(share.parts, sources, strict=True):
+        nbytes = source.numel() * source.element_size()
+        place = memory[part.start : part.start + nbytes].view(source.dtype)
+        views.append(place.view(source.shape))
+    return views

@@ -17,43 +17,63 @@ from mb_ckpt import plain_tree
 from mb_ckpt.boxes import Box, flat_boxes
 from mb_ckpt.errors import CheckpointError
 
+_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_NAMES = {
+    value: str(value).removeprefix("torch.")
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
+
 
 @frozen(kw_only=True, eq=False)
-class Piece:
-    """Values of a global tensor that are here.
+class Spec:
+    """Which values of a global tensor a piece holds, without the values.
 
     Attributes:
         key: Name of the global tensor.
         dtype: As torch prints it, without the prefix.
         shape: Of the whole tensor.
-        boxes: Where the values belong, in the order of ``data``; more than one only if ``data`` is
+        boxes: Where the values belong, in the order of the data; more than one only if the data is
             one-dimensional.
-        data: The values, without their graph.
-        replica_id: 0 where this piece is the one to store.
+        held: Shape of the data.
+        nbytes: Of the data.
+        replica_id: 0 where this piece is the one to store, unless the work is spread.
         plain: Whether it was a plain tensor, the same on every rank.
+        fixed: Whether only the rank with ``replica_id=0`` (of plain tensors: rank 0) may store it.
     """
 
     key: str
     dtype: str
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
-    data: Tensor
+    held: tuple[int, ...]
+    nbytes: int
     replica_id: int = 0
     plain: bool = False
+    fixed: bool = False
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values."""
-        return self.data.numel() * self.data.element_size()
+
+@frozen(eq=False)
+class Piece:
+    """Values of a global tensor that are here.
+
+    Attributes:
+        spec: Which values.
+        data: The values, without their graph.
+    """
+
+    spec: Spec
+    data: Tensor
 
     def views(self) -> Iterator[tuple[Box, Tensor]]:
         """Yield each box with the part of ``data`` that belongs to it, in the box's shape."""
-        if len(self.boxes) == 1:
-            box = self.boxes[0]
+        boxes = self.spec.boxes
+        if len(boxes) == 1:
+            box = boxes[0]
             yield box, self.data if self.data.shape == box.shape else self.data.view(box.shape)
             return
         start = 0
-        for box in self.boxes:
+        for box in boxes:
             yield box, self.data[start : start + box.volume].view(box.shape)
             start += box.volume
 
@@ -62,7 +82,7 @@ class Piece:
 class Stateful:
     """An object of the state that is filled through its own ``load_state_dict``."""
 
-    path: tuple[str, ...]
+    path: str
     target: Any
 
 
@@ -71,94 +91,181 @@ class FlatState:
     """What `flatten` returns.
 
     Attributes:
-        pieces: All tensors and shards.
+        specs: Of all tensors and shards.
+        tensors: Their values, in the same order; they may require gradients.
         tree: Plain data as JSON, with marks where plain tensors were.
-        modules: Modules of the state; their tensors are among ``pieces``.
-        statefuls: Other objects with a state, when loading; their tensors are not among ``pieces``.
+        modules: Modules of the state; their tensors are among ``tensors``.
+        statefuls: Other objects with a state, when loading; their tensors are not among them.
+        changing: Indices of values that a forward pass may change: buffers of modules.
     """
 
-    pieces: list[Piece] = field(factory=list)
+    specs: list[Spec] = field(factory=list)
+    tensors: list[Tensor] = field(factory=list)
     tree: Any = None
     modules: list[Stateful] = field(factory=list)
     statefuls: list[Stateful] = field(factory=list)
+    changing: list[int] = field(factory=list)
+
+    def pieces(self) -> list[Piece]:
+        """Return specs and values together."""
+        return [Piece(s, t.detach()) for s, t in zip(self.specs, self.tensors, strict=True)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of *dtype* without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
+    return _NAMES[dtype]
 
 
-def flatten(state: Mapping[str, Any], *, loading: bool = False) -> FlatState:
+def flatten(
+    state: Mapping[str, Any], *, loading: bool = False, memo: dict[Any, Spec] | None = None
+) -> FlatState:
     """Return the pieces and the plain data of a nested *state*.
 
     Args:
         state: See `CheckpointStore.save`.
         loading: Set objects with ``load_state_dict`` that are not modules apart instead of asking
             for their ``state_dict``, which is empty before the first step of an optimizer.
+        memo: Specs of an earlier call. Those that are met again are taken from there, the very
+            objects; it then holds the specs of this state alone.
 
     Raises:
         CheckpointError: If a leaf cannot be stored, a shard contradicts itself or two plain tensors
             have one key.
     """
-    flat = FlatState()
-    tree = _walk(state, (), flat, loading)
-    seen: set[str] = set()
-    for piece in flat.pieces:
-        if piece.plain and piece.key in seen:
+    walk = _Walk(loading=loading, known=memo if memo is not None else {})
+    tree = walk.visit(state, "")
+    if memo is not None:
+        memo.clear()
+        memo.update(walk.met)
+    return FlatState(
+        specs=walk.specs,
+        tensors=walk.tensors,
+        tree=tree,
+        modules=walk.modules,
+        statefuls=walk.statefuls,
+        changing=walk.changing,
+    )
+
+
+class _Walk:
+    """One walk over a state. Written for states of 10,000 small tensors: few steps a tensor."""
+
+    def __init__(self, *, loading: bool, known: dict[Any, Spec]) -> None:
+        self.loading = loading
+        self.known = known
+        self.met: dict[Any, Spec] = {}
+        self.specs: list[Spec] = []
+        self.tensors: list[Tensor] = []
+        self.modules: list[Stateful] = []
+        self.statefuls: list[Stateful] = []
+        self.changing: list[int] = []
+        self.seen: dict[str, bool] = {}
+        self.buffers: set[str] = set()
+
+    def visit(self, value: Any, path: str) -> Any:  # noqa: PLR0911  # one return a kind of leaf
+        """Take in *value*, found at the dotted *path*; return what of it is plain data."""
+        if isinstance(value, Tensor):
+            self._plain(value, path)
+            return {"$tensor": path}
+        if isinstance(value, TensorShard):
+            self._shard(value)
+            return plain_tree.ABSENT
+        if isinstance(value, Mapping):
+            below = f"{path}." if path else ""
+            items = [(k, self.visit(v, f"{below}{k}")) for k, v in value.items()]
+            return plain_tree.encode_items([(k, v) for k, v in items if v is not plain_tree.ABSENT])
+        if isinstance(value, (list, tuple)):
+            return self._sequence(value, path)
+        if isinstance(value, np.ndarray) and value.dtype.hasobject is False:
+            return self._array(value, path)
+        if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+            return self._object(value, path)
+        if isinstance(value, np.generic):
+            value = value.item()
+        return plain_tree.encode_scalar(value, path)
+
+    def _sequence(self, value: list[Any] | tuple[Any, ...], path: str) -> Any:
+        items = [self.visit(v, f"{path}.{i}") for i, v in enumerate(value)]
+        if items and all(item is plain_tree.ABSENT for item in items):
+            return plain_tree.ABSENT
+        items = [None if item is plain_tree.ABSENT else item for item in items]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+
+    def _array(self, value: np.ndarray[Any, Any], path: str) -> Any:
+        if value.dtype.kind not in "biufc" or not value.dtype.isnative or not value.flags.writeable:
             raise CheckpointError(
-                f"two tensors of the state have the key {piece.key!r}: rename one"
+                f"state {path!r} is a numpy array of {value.dtype}, byte order "
+                f"{value.dtype.byteorder!r}, writeable={value.flags.writeable}: only writeable "
+                "arrays of numbers in this machine's byte order can be stored and filled"
             )
-        seen.add(piece.key)
-    return FlatState(pieces=flat.pieces, tree=tree, modules=flat.modules, statefuls=flat.statefuls)
+        self._plain(torch.from_numpy(value), path)
+        return {"$tensor": path}
+
+    def _object(self, value: Any, path: str) -> Any:
+        item = Stateful(path=path, target=value)
+        if not isinstance(value, torch.nn.Module):
+            if self.loading:
+                self.statefuls.append(item)
+                return None
+            return self.visit(value.state_dict(), path)
+        self.modules.append(item)
+        self.buffers = {f"{path}.{name}" if path else name for name, _ in value.named_buffers()}
+        tree = self.visit(value.state_dict(), path)
+        self.buffers = set()
+        return tree
+
+    def _plain(self, tensor: Tensor, key: str) -> None:
+        if key in self.seen:
+            raise CheckpointError(f"two tensors of the state have the key {key!r}: rename one")
+        self.seen[key] = True
+        spec = self.known.get(key)
+        shape = tensor.shape
+        if spec is None or spec.held != shape or spec.dtype != _NAMES[tensor.dtype]:
+            spec = whole(tensor, key, fixed=key in self.buffers)
+        check_storable(tensor, key)
+        if spec.fixed:
+            self.changing.append(len(self.specs))
+        self.met[key] = spec
+        self.specs.append(spec)
+        self.tensors.append(tensor)
+
+    def _shard(self, shard: TensorShard) -> None:
+        data = shard.data
+        identity = (
+            shard.key, shard.dtype, shard.global_shape, shard.offset, shard.local_shape,
+            shard.flat_range, shard.replica_id,
+        )  # fmt: skip
+        spec = self.known.get(identity)
+        if spec is None or spec.held != data.shape or spec.dtype != _NAMES[data.dtype]:
+            spec = _of_shard(shard)
+        check_storable(data, shard.key)
+        self.seen.setdefault(shard.key, False)
+        if self.seen[shard.key]:
+            raise CheckpointError(
+                f"two tensors of the state have the key {shard.key!r}: rename one"
+            )
+        self.met[identity] = spec
+        self.specs.append(spec)
+        self.tensors.append(data)
 
 
-def _walk(  # noqa: PLR0911  # one return a kind of leaf
-    value: Any, path: tuple[str, ...], flat: FlatState, loading: bool
-) -> Any:
-    if isinstance(value, TensorShard):
-        flat.pieces.append(_from_shard(value))
-        return plain_tree.ABSENT
-    if isinstance(value, Tensor):
-        flat.pieces.append(whole(value, ".".join(path)))
-        return {"$tensor": ".".join(path)}
-    if isinstance(value, Mapping):
-        items = [(k, _walk(v, (*path, str(k)), flat, loading)) for k, v in value.items()]
-        return plain_tree.encode_items([(k, v) for k, v in items if v is not plain_tree.ABSENT])
-    if isinstance(value, (list, tuple)):
-        return _walk_sequence(value, path, flat, loading)
-    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        if isinstance(value, torch.nn.Module):
-            flat.modules.append(Stateful(path=path, target=value))
-        elif loading:
-            flat.statefuls.append(Stateful(path=path, target=value))
-            return None
-        return _walk(value.state_dict(), path, flat, loading)
-    if isinstance(value, np.generic):
-        value = value.item()
-    return plain_tree.encode_scalar(value, ".".join(path))
+def whole(tensor: Tensor, key: str, *, fixed: bool = False) -> Spec:
+    """Return the spec of a plain tensor."""
+    shape = tuple(tensor.shape)
+    return Spec(
+        key=key,
+        dtype=_NAMES[tensor.dtype],
+        shape=shape,
+        boxes=(Box((0,) * len(shape), shape),) if tensor.numel() else (),
+        held=shape,
+        nbytes=tensor.numel() * tensor.element_size(),
+        plain=True,
+        fixed=fixed,
+    )
 
 
-def _walk_sequence(
-    value: list[Any] | tuple[Any, ...], path: tuple[str, ...], flat: FlatState, loading: bool
-) -> Any:
-    items = [_walk(v, (*path, str(i)), flat, loading) for i, v in enumerate(value)]
-    if items and all(item is plain_tree.ABSENT for item in items):
-        return plain_tree.ABSENT
-    items = [None if item is plain_tree.ABSENT else item for item in items]
-    return {"$tuple": items} if isinstance(value, tuple) else items
-
-
-def whole(tensor: Tensor, key: str) -> Piece:
-    """Return the one piece of a plain tensor."""
-    data = _storable(tensor, key)
-    shape = tuple(data.shape)
-    boxes = (Box((0,) * len(shape), shape),) if data.numel() else ()
-    dtype = dtype_name(data.dtype)
-    return Piece(key=key, dtype=dtype, shape=shape, boxes=boxes, data=data, plain=True)
-
-
-def _from_shard(shard: TensorShard) -> Piece:
-    data, key = _storable(shard.data, shard.key), shard.key
+def _of_shard(shard: TensorShard) -> Spec:
+    data, key = shard.data, shard.key
     ndim = len(shard.global_shape)
     if len(shard.offset) != ndim or len(shard.local_shape) != ndim:
         raise CheckpointError(f"shard {key!r}: offset and local_shape need {ndim} dimensions each")
@@ -166,8 +273,8 @@ def _from_shard(shard: TensorShard) -> Piece:
         raise CheckpointError(
             f"shard {key!r} says dtype={shard.dtype} but its data is {dtype_name(data.dtype)}"
         )
-    for low, extent, whole in zip(shard.offset, shard.local_shape, shard.global_shape, strict=True):
-        if low < 0 or extent < 0 or low + extent > whole:
+    for low, extent, size in zip(shard.offset, shard.local_shape, shard.global_shape, strict=True):
+        if low < 0 or extent < 0 or low + extent > size:
             raise CheckpointError(
                 f"shard {key!r}: offset={shard.offset} and local_shape={shard.local_shape} reach "
                 f"outside of global_shape={shard.global_shape}"
@@ -178,12 +285,13 @@ def _from_shard(shard: TensorShard) -> Piece:
             f"shard {key!r}: data has shape {tuple(data.shape)}, expected {expected} from "
             f"local_shape={shard.local_shape} and flat_range={shard.flat_range}"
         )
-    return Piece(
+    return Spec(
         key=key,
         dtype=shard.dtype,
         shape=tuple(shard.global_shape),
         boxes=boxes,
-        data=data,
+        held=expected,
+        nbytes=data.numel() * data.element_size(),
         replica_id=shard.replica_id,
     )
 
@@ -207,18 +315,16 @@ def _boxes(shard: TensorShard) -> tuple[tuple[Box, ...], tuple[int, ...]]:
     return boxes, (stop - start,)
 
 
-def _storable(tensor: Tensor, key: str) -> Tensor:
-    """Return *tensor* without its graph, or refuse kinds whose values are not all in it."""
-    data = tensor.detach()
-    if type(data) not in (Tensor, torch.nn.Parameter, torch.nn.Buffer):
+def check_storable(data: Tensor, key: str) -> None:
+    """Refuse kinds of tensors whose values are not all in their own dense memory."""
+    if type(data) not in _TENSORS:
         raise CheckpointError(
             f"state {key!r} is a {type(data).__name__}: give its local piece as a TensorShard"
         )
-    if data.is_conj() or data.is_neg():
-        raise CheckpointError(f"state {key!r} is a lazy conjugate: use its .resolve_conj()")
-    if data.layout != torch.strided or data.is_quantized or data.device.type == "meta":
+    if data.layout is not torch.strided or data.is_meta or data.is_quantized:
         raise CheckpointError(
             f"state {key!r} is {data.layout}, {data.dtype} on {data.device}: only dense, "
             "unquantised tensors with data can be stored"
         )
-    return data
+    if data.is_conj() or data.is_neg():
+        raise CheckpointError(f"state {key!r} is a lazy conjugate: use its .resolve_conj()")

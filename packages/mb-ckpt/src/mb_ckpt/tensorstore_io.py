@@ -1,122 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All calls of tensorstore: one rank's bytes as a sharded, checksummed 1-D zarr3 array."""
+"""The context and the plain files of tensorstore: what every layout and place goes through."""
 
 from __future__ import annotations
 
-import json
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
-from attrs import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Bytes = npt.NDArray[np.uint8]
 
-INNER_BYTES = 1 << 20
-"""Bytes under one crc32c; the smallest amount worth reading."""
-SHARD_BYTES = 32 << 20
-"""Bytes in one file; two are in flight while writing."""
-_IN_FLIGHT = 2
+_RETRIES = {"max_retries": 7, "initial_delay": "250ms", "max_delay": "8s"}
 
-# One context for the process: two stores of one memory:// name see the same data.
-_CONTEXT = ts.Context()
+# One context for the process: two stores of one memory:// name see the same data. Requests to
+# object stores are tried again with growing pauses for about half a minute.
+CONTEXT = ts.Context({"s3_request_retries": _RETRIES, "gcs_request_retries": _RETRIES})
 
 
-@frozen
-class Grid:
-    """How a packed array is cut.
-
-    Attributes:
-        nbytes: Length of the array.
-        inner: Bytes under one checksum.
-        shard: Bytes in one file, a multiple of ``inner``.
-    """
-
-    nbytes: int
-    inner: int
-    shard: int
-
-    @classmethod
-    def of(cls, nbytes: int) -> Grid:
-        """Return the grid for a new array of *nbytes*, not 0."""
-        inner = min(INNER_BYTES, -(-nbytes // 4096) * 4096)
-        return cls(nbytes, inner, inner * min(SHARD_BYTES // inner, -(-nbytes // inner)))
+def below(kvstore: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the spec of the directory *path* of *kvstore*."""
+    return {**kvstore, "path": f"{kvstore['path']}{path}/"}
 
 
-def array_metadata(grid: Grid) -> dict[str, Any]:
-    """Return the zarr v3 metadata (the content of ``zarr.json``) of a packed array.
-
-    Source: zarr v3 specification, sharding_indexed and crc32c codecs.
-    """
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    crc = {"name": "crc32c"}
-    sharding = {
-        "chunk_shape": [grid.inner],
-        "codecs": [{"name": "bytes"}, crc],
-        "index_codecs": [little, crc],
-        "index_location": "end",
-    }
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [grid.nbytes],
-        "data_type": "uint8",
-        "fill_value": 0,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [grid.shard]}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-
-
-def encode_metadata(grid: Grid) -> bytes:
-    """Return the exact content of ``zarr.json`` of a packed array."""
-    return json.dumps(array_metadata(grid), indent=1).encode()
-
-
-def open_array(kvstore: Mapping[str, Any], path: str, grid: Grid) -> Any:
-    """Return the packed array at *path*, without touching the storage.
-
-    A chunk that is missing is an error at read, never zeros, and a chunk of zeros is written.
-    """
-    metadata = array_metadata(grid)
-    del metadata["zarr_format"], metadata["node_type"]
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {**kvstore, "path": f"{kvstore['path']}{path}/"},
-        "metadata": metadata,
-        "store_data_equal_to_fill_value": True,
-        "fill_missing_data_reads": False,
-    }
-    return ts.open(spec, open=True, assume_metadata=True, context=_CONTEXT).result()
-
-
-def write_array(kvstore: Mapping[str, Any], path: str, data: Bytes, grid: Grid) -> None:
-    """Write *data* (1-D, not empty) as the packed array at *path*; durable on return.
-
-    Raises:
-        ValueError: As tensorstore says it.
-    """
-    array = open_array(kvstore, path, grid)
-    pending: deque[Any] = deque()
-    for start in range(0, len(data), grid.shard):
-        while len(pending) >= _IN_FLIGHT:
-            pending.popleft().result()
-        part = slice(start, min(start + grid.shard, len(data)))
-        write = array[part].write(data[part], can_reference_source_data_indefinitely=True)
-        pending.append(write)
-    while pending:
-        pending.popleft().result()
-
-
-def start_read(array: Any, start: int, out: Bytes) -> Any:
-    """Begin reading ``len(out)`` bytes from *start* into *out*; ``.result()`` waits for them."""
-    source = array[start : start + len(out)].translate_to[0]
-    return ts.array(out, copy=False, context=_CONTEXT).write(source)
+def start_read(array: Any, where: Any, out: Any) -> Any:
+    """Begin reading ``array[where]`` into the numpy array *out*; ``.result()`` waits for it."""
+    source = array[where].translate_to[(0,) * out.ndim]
+    return ts.array(out, copy=False, context=CONTEXT).write(source)
 
 
 def get(kvstore: Mapping[str, Any], path: str) -> bytes | None:
@@ -128,6 +41,11 @@ def get(kvstore: Mapping[str, Any], path: str) -> bytes | None:
 def put(kvstore: Mapping[str, Any], path: str, data: bytes) -> None:
     """Write the file at *path*."""
     _open(kvstore).write(path, data).result()
+
+
+def start_put(kvstore: Mapping[str, Any], path: str, data: bytes) -> Any:
+    """Begin to write the file at *path*; ``.result()`` waits for it."""
+    return _open(kvstore).write(path, data)
 
 
 def delete(kvstore: Mapping[str, Any], path: str) -> None:
@@ -145,4 +63,4 @@ def list_below(kvstore: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 def _open(kvstore: Mapping[str, Any]) -> Any:
-    return ts.KvStore.open(dict(kvstore), context=_CONTEXT).result()
+    return ts.KvStore.open(dict(kvstore), context=CONTEXT).result()
