@@ -300,7 +300,7 @@ def test_a_failure_nobody_asked_about_is_raised_at_close(tmp_path, caplog):
 def test_a_synchronous_save_raises_at_once(tmp_path):
     (tmp_path / "run").write_text("in the way")
     with CheckpointStore(tmp_path / "run", async_save=False) as store:
-        with pytest.raises(CheckpointError, match="preparing step 1 in .*exists"):
+        with pytest.raises(CheckpointError, match=r"preparing step 1 in .*exists"):
             store.save(1, {"w": torch.ones(2)})
         (tmp_path / "run").unlink()
         assert store.save(2, {"w": torch.ones(2)}).done()

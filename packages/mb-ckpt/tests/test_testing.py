@@ -31,7 +31,7 @@ class TestFileStore(StoreKit):
         return FileStore(Path(tempfile.mkdtemp()) / "run")
 
 
-class Testopen_store(StoreKit):
+class TestMemoryStore(StoreKit):
     def make_store(self):
         return open_store(f"memory://{tempfile.mkdtemp()}")
 

@@ -55,13 +55,14 @@ class RunCheckpointer:
 def make_checkpointer(config: CheckpointConfig, layout: ProcessLayout) -> RunCheckpointer:
     """Return the checkpointer of a run; a collective call.
 
-    Reads ``save``, ``load``, ``async_save``, ``async_queue``, ``most_recent_k`` and
-    ``save_retain_interval`` of *config*, and the group ``"world"`` of *layout*. Without ``load``,
-    steps are looked up and loaded where they are saved. ``most_recent_k=-1`` keeps every step,
-    whatever the interval; the newest one is kept even with 0.
+    Reads what *config* says of saving, and the group ``"world"`` of *layout*. Without ``load``, or
+    with the same place as ``save``, steps are looked up and loaded where they are saved and in
+    ``replicate_to``. ``most_recent_k=-1`` keeps every step, whatever the interval; the newest one is
+    kept even with 0.
     """
     group = layout.groups.get("world")
     keeps_all = config.most_recent_k < 0
+    copies_some = config.replica_most_recent_k > 0
     saves = None
     if config.save is not None:
         saves = CheckpointStore(
@@ -71,6 +72,13 @@ def make_checkpointer(config: CheckpointConfig, layout: ProcessLayout) -> RunChe
             process_group=group,
             async_save=config.async_save,
             on_busy=config.async_queue,
+            staging=config.staging,
+            writer=config.writer,
+            layout=config.layout,
+            compression="zstd" if config.compression == "zstd" else None,
+            compression_level=config.compression_level,
+            replicate_to=config.replicate_to,
+            replica_keep_last=config.replica_most_recent_k if copies_some else None,
         )
     if config.load is None or config.load == config.save:
         return RunCheckpointer(saves, saves)

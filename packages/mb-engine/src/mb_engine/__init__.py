@@ -15,9 +15,10 @@ from mb_engine.errors import CheckpointMismatchError, EngineError, NumericsError
 
 if TYPE_CHECKING:
     from mb_engine.compose import Components
-    from mb_engine.train.engine import Engine, OptimizerStep
+    from mb_engine.train.engine import Engine
     from mb_engine.train.entry import RunResult, finetune, generate_text, pretrain
     from mb_engine.train.objective import LanguageModelObjective
+    from mb_engine.train.outcome import OptimizerStep
 
 __all__ = [
     "CheckpointMismatchError",
@@ -38,7 +39,7 @@ _HOMES = {
     "Components": "compose",
     "Engine": "train.engine",
     "LanguageModelObjective": "train.objective",
-    "OptimizerStep": "train.engine",
+    "OptimizerStep": "train.outcome",
     "RunResult": "train.entry",
     "finetune": "train.entry",
     "generate_text": "train.entry",

@@ -35,6 +35,19 @@ def _saving(draft: Draft) -> None:
         "would delete every checkpoint",
         "keep at least 1, or -1 for all",
     )
+    draft.require(
+        checkpoint.replicate_to is None or checkpoint.save not in (None, checkpoint.replicate_to),
+        f"{at}.replicate_to",
+        f"copies what is saved to another place, and save={checkpoint.save}",
+        f"give {at}.save another folder, or leave it out",
+    )
+    draft.require(
+        checkpoint.replica_most_recent_k == -1
+        or (checkpoint.replica_most_recent_k > 0 and checkpoint.replicate_to is not None),
+        f"{at}.replica_most_recent_k",
+        "says how many copies to keep and needs at least 1, and replicate_to",
+        f"give {at}.replicate_to, or -1",
+    )
     interval, kept = checkpoint.save_interval, checkpoint.save_retain_interval
     draft.require(
         kept is None or (interval is not None and kept % interval == 0),

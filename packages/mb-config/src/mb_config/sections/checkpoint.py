@@ -25,6 +25,16 @@ class CheckpointConfig:
         async_save: Write in the background while training goes on.
         async_queue: When a save is due while one is still being written: wait for it, or refuse
             (skip) the new one and report that.
+        staging: Copy the state to host memory before training goes on (eager), or behind the next
+            forward and backward pass, waiting only before the optimizer step (lazy).
+        writer: Write on a thread of the training process, or in a process of its own.
+        layout: All tensors of a rank in one array (packed), or a zarr array a tensor that other
+            tools can read (zarr), which is slower with many tensors.
+        compression: Compress with zstd, or not (none).
+        compression_level: Of zstd, from 1 (fast) to 22 (small).
+        replicate_to: Second folder or URL, to which every checkpoint is copied in the background;
+            the newest of both is loaded.
+        replica_most_recent_k: Newest checkpoints to keep there; -1 keeps all.
         save_optim: Save the optimizer.
         save_rng: Save random states.
         load_optim: Load the optimizer.
@@ -43,6 +53,13 @@ class CheckpointConfig:
     ckpt_step: int | None = number(None, ge=0)
     async_save: bool = True
     async_queue: Literal["wait", "refuse"] = "wait"
+    staging: Literal["eager", "lazy"] = "lazy"
+    writer: Literal["thread", "process"] = "thread"
+    layout: Literal["packed", "zarr"] = "packed"
+    compression: Literal["none", "zstd"] = "none"
+    compression_level: int = number(3, ge=1, le=22)
+    replicate_to: str | None = None
+    replica_most_recent_k: int = number(-1, ge=-1)
     save_optim: bool = True
     save_rng: bool = True
     load_optim: bool = True

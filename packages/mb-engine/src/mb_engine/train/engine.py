@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from attrs import define, field, frozen
+from attrs import define, field
 
 from mb_engine.errors import CheckpointMismatchError, EngineError
 from mb_engine.parallel import optimizer_state, shards
@@ -18,6 +18,7 @@ from mb_engine.precision import quantized
 from mb_engine.precision.support import check_precision
 from mb_engine.train import state as train_state
 from mb_engine.train.objective import LanguageModelObjective
+from mb_engine.train.outcome import OptimizerStep
 from mb_engine.train.state import TrainState
 from mb_engine.train.step import MicroBatchRunner
 
@@ -28,30 +29,15 @@ if TYPE_CHECKING:
     from mb_config.records import LossTerms, ProcessLayout, TensorShard
     from torch import Tensor, nn
 
-    from mb_engine.interfaces import Checkpointer, ForwardStep, ModelTransform, Objective
+    from mb_engine.interfaces import (
+        Checkpointer,
+        ForwardStep,
+        ModelTransform,
+        Objective,
+        SaveHandle,
+    )
 
 logger = logging.getLogger(__name__)
-
-
-@frozen(kw_only=True)
-class OptimizerStep:
-    """The outcome of one optimizer step.
-
-    Attributes:
-        updated: False where the update was skipped because a gradient overflowed.
-        grad_norm: Global L2 norm before clipping; None where clipping is off or the step skipped.
-        num_zeros: Zero entries among the gradients, None unless asked for.
-        learning_rate: Used for this step.
-        weight_decay: Used for this step.
-        loss_scale: Used for this step; 1.0 without loss scaling.
-    """
-
-    updated: bool
-    grad_norm: float | None
-    num_zeros: int | None
-    learning_rate: float
-    weight_decay: float
-    loss_scale: float
 
 
 @define(kw_only=True, eq=False)
@@ -83,6 +69,7 @@ class Engine:
     _samples: int = field(default=0, init=False)
     _tokens: int = field(default=0, init=False)
     _hooks_on: bool = field(default=False, init=False)
+    _unstaged: SaveHandle | None = field(default=None, init=False)
 
     @classmethod
     def from_config(
@@ -175,7 +162,13 @@ class Engine:
         return terms
 
     def optimizer_step(self) -> OptimizerStep:
-        """Clip the gradients, update the parameters and advance the schedule and the counters."""
+        """Clip the gradients, update the parameters and advance the schedule and the counters.
+
+        Waits for a save begun with ``save`` to have copied what is about to change.
+        """
+        if self._unstaged is not None:
+            self._unstaged.wait_staged()
+            self._unstaged = None
         group = self.optimizer.param_groups[0] if self.optimizer.param_groups else {}
         loss_scale = self._loss_scale()
         lr, wd = float(group.get("lr", 0.0)), float(self.scheduler.weight_decay)
@@ -217,15 +210,17 @@ class Engine:
             return generate(self.runner, self.config, tokens, max_new_tokens, **sampling)
 
     def state(self) -> dict[str, Any]:
-        """Return the state of the run, for ``Checkpointer.save`` or ``load``.
+        """Return the state of the run, for ``Checkpointer.save``.
 
-        Tensors are the live ones: a load writes into them.
+        Nothing in it changes before the next optimizer step: parameters and optimizer state are the
+        live tensors, and what forward passes change (buffers, random states) is copied.
         """
         from mb_engine.runtime.seeding import rng_state
 
         checkpoint = self.config.checkpoint
         with self.synced_parameters(), quantized.plain_parameters(self.model):
-            state: dict[str, Any] = {"model": self.model_shards()}
+            pieces = train_state.without_live_buffers(self.model_shards(), self.model)
+            state: dict[str, Any] = {"model": pieces}
             state["run"] = train_state.plain_state(self.config, self.layout, self.progress)
             if checkpoint.save_optim:
                 optimizer_state.allocate_state(self.optimizer)
@@ -239,6 +234,15 @@ class Engine:
         state["run"]["scaling_history"] = sorted(history)
         state["fp8"] = list(history.values())
         return state
+
+    def save(self, checkpointer: Checkpointer) -> SaveHandle:
+        """Begin to save the run as of the last step.
+
+        The next ``optimizer_step`` waits until the save has its copy, so that a checkpointer may
+        take it behind the forward and backward passes before.
+        """
+        self._unstaged = checkpointer.save(self.progress.step, self.state())
+        return self._unstaged
 
     def load(
         self,

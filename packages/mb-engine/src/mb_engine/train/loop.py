@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mb_engine.train.batch_size import BatchSizeSchedule
-    from mb_engine.train.engine import Engine, OptimizerStep
+    from mb_engine.train.engine import Engine
+    from mb_engine.train.outcome import OptimizerStep
     from mb_engine.train.saving import BackgroundSaver
 
     Batch = Mapping[str, Tensor]

@@ -12,7 +12,7 @@ from mb_config.records import StepEvent
 if TYPE_CHECKING:
     from mb_config.records import LossTerms
 
-    from mb_engine.train.engine import OptimizerStep
+    from mb_engine.train.outcome import OptimizerStep
     from mb_engine.train.state import TrainState
 
 

@@ -95,6 +95,24 @@ def layout_fingerprint(layout: ProcessLayout) -> dict[str, int]:
     return {name: getattr(layout, name) for name in names}
 
 
+def without_live_buffers(
+    pieces: Sequence[TensorShard], model: Sequence[nn.Module]
+) -> list[TensorShard]:
+    """Return *pieces* with copies in place of buffers, which a forward pass may change.
+
+    Args:
+        pieces: Of the model.
+        model: Its chunks on this rank.
+    """
+    live = {b.untyped_storage().data_ptr() for chunk in model for b in chunk.buffers()}
+    return [
+        attrs.evolve(piece, data=piece.data.clone())
+        if piece.data.untyped_storage().data_ptr() in live
+        else piece
+        for piece in pieces
+    ]
+
+
 def rng_shards(states: Mapping[str, Tensor], *, rank: int) -> list[TensorShard]:
     """Return random states as pieces that belong to one rank alone."""
     return [
