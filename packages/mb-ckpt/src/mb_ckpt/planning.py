@@ -165,12 +165,20 @@ def make_plan(offers: Sequence[Sequence[Spec]]) -> Plan:
         for rank, i in first:
             chosen[rank].append((i, offers[rank][i].boxes, None))
             loads[rank] += spec.nbytes
+    # The largest first, and those that can be split last of all: they fill the gaps.
     shared.sort(key=lambda holders: -offers[holders[0][0]][holders[0][1]].nbytes)
+    large = []
     for holders in shared:
-        rank, i = holders[0]
-        spec = offers[rank][i]
-        for boxes, rows, nbytes in _slices(spec, len(holders)):
-            rank, i = min(holders, key=lambda one: (loads[one[0]], one[0]))
+        spec = offers[holders[0][0]][holders[0][1]]
+        if _split_dimension(spec) is not None:
+            large.append(holders)
+            continue
+        rank, i = min(holders, key=lambda one: (loads[one[0]], one[0]))
+        chosen[rank].append((i, spec.boxes, None))
+        loads[rank] += spec.nbytes
+    for holders in large:
+        spec = offers[holders[0][0]][holders[0][1]]
+        for (rank, i), boxes, rows, nbytes in _slices(spec, holders, loads):
             chosen[rank].append((i, boxes, rows))
             loads[rank] += nbytes
     return _placed(offers, chosen, tensors)
@@ -225,27 +233,41 @@ def _holders(offers: Sequence[Sequence[Spec]]) -> Iterable[list[tuple[int, int]]
     return found.values()
 
 
+def _split_dimension(spec: Spec) -> int | None:
+    """Return the dimension whose rows *spec* can be split by, None if it is to stay whole."""
+    if spec.nbytes < SPLIT_BYTES or spec.held != spec.boxes[0].shape:  # small, or a flat range
+        return None
+    return next((d for d, n in enumerate(spec.held) if n > 1), None)
+
+
 def _slices(
-    spec: Spec, count: int
-) -> Iterable[tuple[tuple[Box, ...], tuple[int, int, int] | None, int]]:
-    """Yield the boxes, rows and bytes of the parts that *spec* is stored in."""
-    box = spec.boxes[0]
-    long = next((d for d, n in enumerate(spec.held) if n > 1), None)
-    if spec.nbytes < SPLIT_BYTES or len(spec.held) != len(box.shape) or long is None:
-        yield spec.boxes, None, spec.nbytes
-        return
-    if spec.held != box.shape:  # a flat range
-        yield spec.boxes, None, spec.nbytes
-        return
-    extent = box.shape[long]
-    count = min(count, extent)
-    for k in range(count):
-        low, high = extent * k // count, extent * (k + 1) // count
+    spec: Spec, holders: list[tuple[int, int]], loads: Sequence[int]
+) -> Iterable[tuple[tuple[int, int], tuple[Box, ...], tuple[int, int, int], int]]:
+    """Yield holder, boxes, rows and bytes of the parts that bring *holders* to one level."""
+    box, along = spec.boxes[0], _split_dimension(spec)
+    assert along is not None
+    extent = box.shape[along]
+    width = spec.nbytes // extent
+    order = sorted(holders, key=lambda one: (loads[one[0]], one[0]))
+    taken, below = 1, loads[order[0][0]]
+    while taken < len(order):  # how many holders lie below the level that all bytes fill up to
+        if (below + spec.nbytes) / taken <= loads[order[taken][0]]:
+            break
+        below += loads[order[taken][0]]
+        taken += 1
+    level, low = (below + spec.nbytes) / taken, 0
+    for k, holder in enumerate(order[:taken]):
+        high = extent
+        if k < taken - 1:
+            high = min(extent, low + round((level - loads[holder[0]]) / width))
+        if high <= low:
+            continue
         offset, shape = list(box.offset), list(box.shape)
-        offset[long] += low
-        shape[long] = high - low
-        nbytes = spec.nbytes // extent * (high - low)
-        yield (Box(tuple(offset), tuple(shape)),), (long, low, high - low), nbytes
+        offset[along] += low
+        shape[along] = high - low
+        part = Box(tuple(offset), tuple(shape))
+        yield holder, (part,), (along, low, high - low), width * (high - low)
+        low = high
 
 
 def _placed(
