@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def state(rank, *, fill=None):
     return {
         "model": {"wide": shard(WIDE, "wide", *columns, fill=fill)},
         "flat": [shard(FLAT, "flat", (0, 0), (4, 9), flat, fill=fill)],
-        "norm": shard(torch.ones(5) * (rank + 1), "norm", (0,), (5,), replica_id=rank, fill=fill),
+        "norm": shard(torch.ones(5), "norm", (0,), (5,), replica_id=rank, fill=fill),
         f"stage{rank}": shard(own, f"stage{rank}.w", (0,), (3,), fill=fill),
         "plain": torch.full((2,), 8.0 if fill is None else float(fill)),
         "n": {"rank": rank, "lr": 0.5},
@@ -165,8 +166,84 @@ def death(rank, root):
     os._exit(0)  # the default group cannot be taken down without rank 1
 
 
+def replicated(fill=None):
+    """Replicas of 100 tensors of 1 KB to 2 MB, and a module with buffers."""
+    sizes = [256 * (1 + i * i % 53) * (1 + i % 37) for i in range(100)]
+    state = {f"t{i}": torch.full((n,), float(i) if fill is None else fill)
+             for i, n in enumerate(sizes)}  # fmt: skip
+    large = torch.arange(5_000_000, dtype=torch.float32).reshape(1, 500, 10_000)
+    return {**state, "large": large if fill is None else torch.full_like(large, fill)}
+
+
+def spread(rank, root):
+    """Both ranks write half of what both have; a buffer that differs is rank 0's."""
+    norm = torch.nn.BatchNorm1d(2000)
+    norm.running_mean.fill_(float(rank + 1))
+    written = []
+    perform = writing.perform
+    writing.perform = lambda store, task, data: (
+        written.append(task["nbytes"]) or perform(store, task, data)
+    )
+    with CheckpointStore(root) as store:
+        for step in (1, 2):
+            store.save(step, {**replicated(), "norm": norm}).result()
+        assert written[0] == written[1]
+        counts = [None, None]
+        dist.all_gather_object(counts, written[0])
+        assert abs(counts[0] - counts[1]) < 0.02 * sum(counts), counts
+        room = replicated(fill=-1.0)
+        store.load({**room, "norm": norm})
+        assert all(torch.equal(room[k], v) for k, v in replicated().items())
+        assert (norm.running_mean == 1).all()
+        tensors = store.inspect().tensors
+        assert tensors["large"].pieces == 2
+        assert (
+            sum(t.nbytes for t in tensors.values())
+            <= sum(counts)
+            < 22e6 + sum(t.nbytes for key, t in tensors.items() if key.startswith("t"))
+        )
+    writing.perform = perform
+
+
+def kinds(rank, root):
+    """Every way of writing gives what was saved, from pieces that share chunks, too."""
+    ways = [
+        {"staging": "lazy"}, {"writer": "process", "staging": "lazy"}, {"layout": "zarr"},
+        {"layout": "zarr", "compression": "zstd", "staging": "lazy", "writer": "process"},
+        {"replicate_to": root / "second"},
+    ]  # fmt: skip
+    for i, way in enumerate(ways):
+        with CheckpointStore(root / str(i), **way) as store:
+            for step in (1, 2):
+                live = state(rank)
+                handle = store.save(step, live)
+                handle.wait_staged()
+                live["model"]["wide"].data.zero_()
+                handle.result()
+                assert handle.replicated() == ("replicate_to" in way)
+            for from_rank in (rank, 1 - rank):
+                room = state(from_rank, fill=-1)
+                store.load(room, 1)
+                check_loaded(from_rank, room)
+            if rank == 1:
+                live["bad"] = print
+                raises(CheckpointError, "'bad' is a builtin", partial(store.save, 3, live))
+            else:
+                handle = store.save(3, live)
+                handle.wait_staged()
+                raises(CheckpointError, "rank 1: state 'bad' is a builtin", handle.result)
+            store.save(4, state(rank)).result()
+            assert store.steps() == [1, 2, 4]
+            dist.barrier()
+    with CheckpointStore(root / "second") as store:
+        room = state(rank, fill=-1)
+        store.load(room, 2)
+        check_loaded(rank, room)
+
+
 CASES = {
     "layouts": [save_and_load, refusal],
+    "kinds": [spread, kinds],
     "failures": [failures],
     "load": [load_from_one],
     "death": [death],

@@ -60,6 +60,17 @@ def test_what_two_ranks_save_both_layouts_and_one_rank_load(tmp_path):
     }  # fmt: skip
 
 
+def test_every_way_of_writing_works_on_two_ranks_and_shares_the_work(tmp_path):
+    run("kinds", tmp_path)
+    for kind in range(5):
+        wide, flat = torch.zeros(7, 10), torch.zeros(4, 9, dtype=torch.int64)
+        with CheckpointStore(tmp_path / "kinds" / str(kind)) as store:
+            store.load({"wide": wide, "flat": flat})
+            store.verify(1)
+        assert torch.equal(wide, WIDE)
+        assert torch.equal(flat, FLAT)
+
+
 def test_two_ranks_load_what_one_rank_saved(tmp_path):
     with CheckpointStore(tmp_path / "load_from_one") as store:
         store.save(1, {

@@ -109,7 +109,9 @@ def test_what_is_loaded_equals_what_was_saved_in_any_layout(data, shape, dtype, 
     target = data.draw(partitions(shape))
     saved = [shard(tensor, piece) for piece in source]
     copies = [shard(tensor, piece, replica_id=1, garbage=True) for piece in source]
-    with CheckpointStore(f"memory://reshard-{seed}") as store:
+    how = {"layout": data.draw(st.sampled_from(["packed", "zarr"])),
+           "compression": data.draw(st.sampled_from([None, "zstd"]))}  # fmt: skip
+    with CheckpointStore(f"memory://reshard-{seed}", **how) as store:
         store.save(0, {"a": other, "deep": [{"w": [*saved, *copies]}]})
         wanted = [shard(tensor, piece, garbage=True) for piece in target]
         room = torch.zeros_like(other)
