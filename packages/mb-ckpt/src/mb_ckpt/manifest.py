@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import define, field, frozen
 
+from mb_ckpt import plain_tree
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
 from mb_ckpt.packed import Grid
 
@@ -173,7 +174,7 @@ def encode(manifest: Manifest, table: str | None = None) -> bytes:
         "world_size": manifest.world_size,
         "created": manifest.created,
         "versions": manifest.versions,
-        "metrics": manifest.metrics,
+        "metrics": {k: plain_tree.encode_scalar(v, k) for k, v in manifest.metrics.items()},
         "files": files,
         "tree": manifest.tree,
     }
@@ -238,7 +239,7 @@ def decode(raw: bytes, where: str) -> Manifest:
         ),
         tensors=TensorTable(body["tensors"]["dtypes"], body["tensors"]["rows"]),
         tree=body["tree"],
-        metrics=body["metrics"],
+        metrics={k: plain_tree.decode(v) for k, v in body["metrics"].items()},
         world_size=body["world_size"],
         created=body["created"],
         versions=body["versions"],

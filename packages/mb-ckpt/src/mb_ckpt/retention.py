@@ -74,7 +74,7 @@ class Retention:
             return []
         older = sorted(step for step in steps if step < newest)
         kept = (self.keep_last or 1) - 1
-        candidates = older[: len(older) - kept] if kept else older
+        candidates = older[: max(0, len(older) - kept)]
         every = self.keep_every
         return [s for s in candidates if s not in best and not (every and s % every == 0)]
 
