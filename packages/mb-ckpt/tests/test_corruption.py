@@ -10,6 +10,9 @@ import pytest
 import torch
 from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError, packed
 
+FLIPS = 300
+"""In data files; with those in the manifest, more than 500."""
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -41,12 +44,16 @@ def test_a_flipped_bit_anywhere_in_the_data_is_detected_at_load_and_by_verify(ru
     root, data, load = run
     files = sorted((data / "c").iterdir())
     chosen = random.Random(0)
-    for _ in range(60):
+    for i in range(FLIPS):
         path = chosen.choice(files)
         bit = chosen.randrange(path.stat().st_size * 8)
         flip(path, bit)
-        with CheckpointStore(root) as store, pytest.raises(CorruptCheckpointError, match="corrupt"):
-            store.verify(4)
+        if i % 10 == 0:
+            with (
+                CheckpointStore(root) as store,
+                pytest.raises(CorruptCheckpointError, match="corrupt"),
+            ):
+                store.verify(4)
         with pytest.raises(CorruptCheckpointError, match=rf"c/{path.name} is corrupt.*tensor 't"):
             load()
         flip(path, bit)
