@@ -14,7 +14,7 @@ from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.meta_modules import materialize
 from mb_ckpt.reader import fill, listing
-from mb_ckpt.state import Piece, Stateful, flatten, whole
+from mb_ckpt.state import Piece, Stateful, dtype_name, flatten, whole
 from mb_ckpt.zarr_reader import fill_arrays
 
 if TYPE_CHECKING:
@@ -105,19 +105,10 @@ def load(
         plain_tree.decode(manifest.tree) or {},
         step=manifest.step,
         place=place,
-        filled=tuple(dict.fromkeys(p.key for p in pieces if p.key)),
+        filled=tuple(dict.fromkeys(matching.filled)),
         missing=tuple(dict.fromkeys(matching.missing)),
         unexpected=unexpected,
     )
-
-
-@frozen(eq=False)
-class _Wanted:
-    """A piece of the state with the key it has here, and a spec as the step has it."""
-
-    key: str
-    spec: Any
-    data: torch.Tensor
 
 
 @frozen(eq=False)
@@ -129,6 +120,7 @@ class _Matching:
     place: str
     missing: list[str] = field(factory=list)
     wrong: list[str] = field(factory=list)
+    filled: list[str] = field(factory=list)
 
     def trees(self, statefuls: Iterable[Stateful]) -> list[Any]:
         """Return the stored plain data of objects; None for those that are left alone."""
@@ -148,31 +140,31 @@ class _Matching:
             found.append(tree)
         return found
 
-    def pieces(self, flat: FlatState, fresh: Mapping[str, torch.Tensor]) -> list[_Wanted]:
-        """Return what is to be filled: of the state, and of *fresh* tensors of objects."""
-        wanted = []
-        for piece in flat.pieces():
-            key = piece.spec.key
-            if not self.options.wants(key):
+    def pieces(self, flat: FlatState, fresh: Mapping[str, torch.Tensor]) -> list[Piece]:
+        """Return what is to be filled: of the state, and of *fresh* tensors of objects.
+
+        Their specs have key and dtype as in the step.
+        """
+        table, options, wanted = self.manifest.tensors, self.options, []
+        for spec, tensor in zip(flat.specs, flat.tensors, strict=True):
+            key = spec.key
+            if not options.wants(key):
                 continue
-            stored = self.options.stored(key)
-            if stored not in self.manifest.tensors:
+            stored = options.stored(key) if options.rename else key
+            if stored not in table:
                 self.missing.append(key)
                 continue
-            entry = self.manifest.tensors[stored]
-            if entry.shape != piece.spec.shape or (
-                entry.dtype != piece.spec.dtype and not self.options.cast
-            ):
-                there = f"{entry.dtype}{list(entry.shape)}"
-                here = f"{piece.spec.dtype}{list(piece.spec.shape)}"
-                self.wrong.append(f"{key} is {there} there, {here} here")
-            spec = piece.spec
-            if (stored, entry.dtype) != (spec.key, spec.dtype):
-                spec = evolve(spec, key=stored, dtype=entry.dtype)
-            wanted.append(_Wanted(key, spec, piece.data))
-        return wanted + [_Wanted("", whole(t, key), t) for key, t in fresh.items()]
+            dtype, shape = table.kind(stored)
+            if shape != spec.shape or (dtype != spec.dtype and not options.cast):
+                here = f"{spec.dtype}{list(spec.shape)}"
+                self.wrong.append(f"{key} is {dtype}{list(shape)} there, {here} here")
+            same = stored == key and dtype == spec.dtype
+            there = spec if same else evolve(spec, key=stored, dtype=dtype)
+            wanted.append(Piece(there, tensor.detach()))
+            self.filled.append(key)
+        return wanted + [Piece(whole(t, key), t) for key, t in fresh.items()]
 
-    def unexpected(self, flat: FlatState, pieces: Iterable[_Wanted]) -> tuple[str, ...]:
+    def unexpected(self, flat: FlatState, pieces: Iterable[Piece]) -> tuple[str, ...]:
         """Return the keys of the step that nothing asked for."""
         taken = {piece.spec.key for piece in pieces}
         left = [key for key in self.manifest.tensors if key not in taken]
@@ -184,9 +176,7 @@ class _Matching:
             left = [key for key in left if key.startswith(roots)]
         return tuple(left)
 
-    def check(
-        self, flat: FlatState, pieces: Iterable[_Wanted], unexpected: tuple[str, ...]
-    ) -> None:
+    def check(self, flat: FlatState, pieces: Iterable[Piece], unexpected: tuple[str, ...]) -> None:
         """Refuse what does not fit, before anything is changed.
 
         Raises:
@@ -214,7 +204,7 @@ class _Matching:
             stored, here = getattr(torch, piece.spec.dtype), piece.data.dtype
             if stored.is_complex and not here.is_complex:
                 raise CheckpointError(
-                    f"{self.place} does not fit: {piece.key} is {piece.spec.dtype} there and cannot "
+                    f"{self.place} does not fit: {piece.spec.key} is {piece.spec.dtype} and cannot "
                     f"be cast to {here}"
                 )
 
@@ -240,25 +230,24 @@ def _tensors(tree: Any) -> list[str]:
     return [] if tree is None else plain_tree.tensor_keys(tree)
 
 
-def _fits(piece: _Wanted) -> bool:
-    return str(piece.data.dtype) == f"torch.{piece.spec.dtype}"
+def _fits(piece: Piece) -> bool:
+    return dtype_name(piece.data.dtype) == piece.spec.dtype
 
 
-def _fill(store: Store, manifest: Manifest, wanted: Iterable[_Wanted]) -> None:
-    pieces = [Piece(w.spec, w.data) for w in wanted]
+def _fill(store: Store, manifest: Manifest, pieces: list[Piece]) -> None:
     (fill_arrays if manifest.layout == "zarr" else fill)(store, manifest, pieces)
 
 
-def _fill_cast(store: Store, manifest: Manifest, wanted: list[_Wanted]) -> None:
+def _fill_cast(store: Store, manifest: Manifest, wanted: list[Piece]) -> None:
     """Fill tensors of other dtypes than stored, by way of a limited number of them as stored."""
     while wanted:
-        batch: list[tuple[_Wanted, _Wanted]] = []
+        batch: list[tuple[Piece, Piece]] = []
         nbytes = 0
         while wanted and (not batch or nbytes < _CAST_BYTES):
             piece = wanted.pop()
             room = torch.empty(piece.data.shape, dtype=getattr(torch, piece.spec.dtype))
             nbytes += room.numel() * room.element_size()
-            batch.append((piece, _Wanted(piece.key, piece.spec, room)))
+            batch.append((piece, Piece(piece.spec, room)))
         _fill(store, manifest, [stored for _, stored in batch])
         for piece, stored in batch:
             piece.data.copy_(stored.data)

@@ -92,6 +92,11 @@ class TensorTable(Mapping[str, TensorEntry]):
         chunk = (row[2], row[3], (0,) * len(shape), shape)
         return TensorEntry(dtype=dtype, shape=shape, chunks=(chunk,))
 
+    def kind(self, key: str) -> tuple[str, tuple[int, ...]]:
+        """Return dtype and shape of *key*."""
+        row = self.rows[key]
+        return self.dtypes[row[0]], tuple(row[1])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
 

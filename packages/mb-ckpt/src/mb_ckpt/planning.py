@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import field, frozen
 
 from mb_ckpt.boxes import Box, cover_fault
+from mb_ckpt.collector import paused
 from mb_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def _changed(step: int, asked: Sequence[tuple[int, bool, str]]) -> bool:
 
 def _planned(step: int, offers: Sequence[Sequence[Spec]]) -> Plan:
     try:
-        return make_plan(offers)
+        with paused():
+            return make_plan(offers)
     except CheckpointError as e:
         raise CheckpointError(f"step {step} was not saved: {e}") from e
 

@@ -11,6 +11,7 @@ from attrs import define, field, frozen
 
 from mb_ckpt import writing
 from mb_ckpt.catalogue import step_name
+from mb_ckpt.collector import paused
 from mb_ckpt.commit import RankReport, commit, discard, now, prepare, versions
 from mb_ckpt.errors import CheckpointError, storage_error
 from mb_ckpt.layouts import Layout, Recipe, make_recipe, packed_task
@@ -214,7 +215,9 @@ class Saver:
 
     def _recipe_of(self, share: Share) -> Recipe:
         if self._recipe is None or self._recipe.plan is not share.plan:
-            self._recipe = make_recipe(share.plan, share.rank, self.layout, self.compression)
+            with paused():
+                plan = share.plan
+                self._recipe = make_recipe(plan, share.rank, self.layout, self.compression)
         return self._recipe
 
     def _begin(self, step: int) -> str:

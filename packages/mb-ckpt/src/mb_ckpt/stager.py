@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from attrs import define, field, frozen
 
+from mb_ckpt.collector import paused
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.host_memory import HostMemory
 from mb_ckpt.planning import Share, agree
@@ -90,7 +91,8 @@ class Stager:
         refusal: Exception | None = None
         flat = FlatState()
         try:
-            flat = flatten(state, memo=self._memo)
+            with paused():
+                flat = flatten(state, memo=self._memo)
         except Exception as e:
             refusal = e
             if self._back.size == 1:

@@ -106,10 +106,6 @@ class FlatState:
     statefuls: list[Stateful] = field(factory=list)
     changing: list[int] = field(factory=list)
 
-    def pieces(self) -> list[Piece]:
-        """Return specs and values together."""
-        return [Piece(s, t.detach()) for s, t in zip(self.specs, self.tensors, strict=True)]
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of *dtype* without ``torch.``."""
@@ -222,7 +218,8 @@ class _Walk:
         shape = tensor.shape
         if spec is None or spec.held != shape or spec.dtype != _NAMES[tensor.dtype]:
             spec = whole(tensor, key, fixed=key in self.buffers)
-        check_storable(tensor, key)
+        if not _is_simple(tensor):
+            check_storable(tensor, key)
         if spec.fixed:
             self.changing.append(len(self.specs))
         self.met[key] = spec
@@ -238,7 +235,8 @@ class _Walk:
         spec = self.known.get(identity)
         if spec is None or spec.held != data.shape or spec.dtype != _NAMES[data.dtype]:
             spec = _of_shard(shard)
-        check_storable(data, shard.key)
+        if not _is_simple(data):
+            check_storable(data, shard.key)
         self.seen.setdefault(shard.key, False)
         if self.seen[shard.key]:
             raise CheckpointError(
@@ -313,6 +311,15 @@ def _boxes(shard: TensorShard) -> tuple[tuple[Box, ...], tuple[int, ...]]:
         for part in flat_boxes(local, start, stop)
     )
     return boxes, (stop - start,)
+
+
+def _is_simple(data: Tensor) -> bool:
+    """Return whether nothing can be wrong with *data*; quicker than finding out what is."""
+    return (
+        type(data) in _TENSORS
+        and data.layout is torch.strided
+        and not (data.is_meta or data.is_quantized or data.is_conj() or data.is_neg())
+    )
 
 
 def check_storable(data: Tensor, key: str) -> None:

@@ -7,6 +7,7 @@ import operator
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mb_ckpt import catalogue, retention, tiers
+from mb_ckpt.collector import paused
 from mb_ckpt.errors import CheckpointBusyError, CheckpointError
 from mb_ckpt.inspection import StepInfo, Verified, describe, verify
 from mb_ckpt.loading import Loaded, LoadOptions
@@ -205,11 +206,12 @@ class CheckpointStore:
             cast=cast,
             device=device,
         )
-        if step is None:
-            found = self._front.from_first(lambda: tiers.newest(self._places))
-        else:
-            found = tiers.of_step(self._places, step)
-        return tiers.load(self._places, found, state, options)
+        with paused():
+            if step is None:
+                found = self._front.from_first(lambda: tiers.newest(self._places))
+            else:
+                found = tiers.of_step(self._places, step)
+            return tiers.load(self._places, found, state, options)
 
     def steps(self) -> list[int]:
         """Return the committed steps with a readable manifest, in any of the places, ascending."""
