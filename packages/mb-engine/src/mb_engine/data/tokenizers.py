@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,9 +11,17 @@ from attrs import field, frozen
 from attrs.validators import ge
 
 from mb_engine.data.errors import DataError
+from mb_engine.data.tokenizer_libraries import (
+    Offsets,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    TransformersTokenizer,
+    byte_offsets,
+    file_digest,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from mb_config import TokenizerConfig
 
@@ -26,6 +35,14 @@ _EOD_NAMES = (
     "<|eot_id|>",
     "[SEP]",
 )
+
+
+_NEEDS = {
+    "huggingface": "a tokenizer.json, or a local folder that has one",
+    "sentencepiece": "a .model file, or a local folder with a tokenizer.model",
+    "tiktoken": "a file of merges, or the name of an encoding",
+}
+_PROBES = ("", "0 1 2", "The quick brown fox, 12345 times.", "\n\t  é ß 漢字 \U0001f600")
 
 
 class Tokenizer(Protocol):
@@ -64,9 +81,19 @@ class ByteTokenizer:
         """256."""
         return 256
 
+    @property
+    def fingerprint(self) -> str:
+        """The same for all."""
+        return "bytes"
+
     def encode(self, text: str) -> list[int]:
         """Return the UTF-8 bytes of *text*."""
         return list(text.encode())
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """Return the bytes of *text*, and which character each is of."""
+        ids = self.encode(text)
+        return ids, byte_offsets(text, [1] * len(ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of *ids*; bytes that are not UTF-8 show as U+FFFD, ids above are left out."""
@@ -87,6 +114,11 @@ class NullTokenizer:
     def eod(self) -> int:
         """The last id."""
         return self.vocab_size - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """The size of the vocabulary."""
+        return f"null-{self.vocab_size}"
 
     def encode(self, text: str) -> list[int]:
         """Return the numbers in *text*, which are separated by white space.
@@ -157,10 +189,25 @@ class HuggingFaceTokenizer:
         """The id of the token that ends a document."""
         return self._eod
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of ``tokenizer.json`` and of what lies beside it for it."""
+        return "huggingface-" + file_digest(self.path, self.path.with_name("tokenizer_config.json"))
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of *text*, without special tokens around them."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each of *texts*."""
+        made = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [row.ids for row in made]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """Return the ids of *text*, and which characters each stands for."""
+        made = self._tokenizer.encode(text, add_special_tokens=False)
+        return made.ids, made.offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of *ids* without special tokens."""
@@ -205,13 +252,34 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
                 "tokenizer.vocab_size is not set; tokenizer_type=null needs the number of ids"
             )
         return NullTokenizer(vocab_size=config.vocab_size)
-    if kind == "huggingface":
-        if config.tokenizer_model is None:
-            raise DataError(
-                "tokenizer.tokenizer_model is not set; tokenizer_type=huggingface needs a"
-                " tokenizer.json, or a local folder that has one"
-            )
-        return HuggingFaceTokenizer(config.tokenizer_model)
-    raise DataError(
-        f"tokenizer.tokenizer_type={kind}: expected bytes, huggingface or null; correct it"
-    )
+    if config.tokenizer_model is None:
+        raise DataError(
+            f"tokenizer.tokenizer_model is not set; tokenizer_type={kind} needs {_NEEDS[kind]}"
+        )
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(config.tokenizer_model)
+    if kind == "tiktoken":
+        return TiktokenTokenizer(
+            config.tokenizer_model,
+            pattern=config.tiktoken_pattern,
+            special_tokens=config.special_tokens,
+        )
+    folder = Path(config.tokenizer_model).expanduser()
+    if (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+        return TransformersTokenizer(folder)
+    return HuggingFaceTokenizer(config.tokenizer_model)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return what tells *tokenizer* from others, for the names of prepared data.
+
+    Its ``fingerprint`` where it has one, otherwise a hash of what it makes of some texts.
+    """
+    own = getattr(tokenizer, "fingerprint", None)
+    if own is not None:
+        return str(own)
+    seen = [tokenizer.vocab_size, tokenizer.eod]
+    for text in _PROBES:
+        seen += tokenizer.encode(text)
+    digest = hashlib.sha256(repr(seen).encode()).hexdigest()
+    return f"{type(tokenizer).__name__}-{digest}"
