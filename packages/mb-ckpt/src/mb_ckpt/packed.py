@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 INNER_BYTES = 1 << 20
 """Bytes under one crc32c; the smallest amount worth reading."""
-SHARD_BYTES = 32 << 20
-"""Bytes in one file; two are in flight while writing."""
-_IN_FLIGHT = 2
+SHARD_BYTES = 16 << 20
+"""Bytes in one file; four are in flight while writing."""
+_IN_FLIGHT = 4
 
 
 @frozen
