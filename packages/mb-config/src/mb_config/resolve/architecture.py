@@ -269,12 +269,6 @@ def _kernels(draft: Draft) -> None:
         "an ungated gelu needs a bias to fuse",
         "set it to false, or model.add_bias_linear=true",
     )
-    draft.require(
-        not (model.layernorm_zero_centered_gamma and model.layer_spec == "torch"),
-        "model.layernorm_zero_centered_gamma",
-        "the torch layers do not have it",
-        "set model.layer_spec=te, or leave it out",
-    )
 
 
 def _pass_through(draft: Draft) -> None:

@@ -9,12 +9,15 @@ if TYPE_CHECKING:
     from mb_config.resolve.draft import Draft
 
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_ONLY_TORCH = ("rotary_base_local", "normalize_branch_outputs", "attention_output_bias")
 
 
 def resolve(draft: Draft) -> None:
     """Choose the exchange of context parallelism and refuse what no kernel computes."""
     _window(draft)
     _caps(draft)
+    _rotary(draft)
+    _torch_layers(draft)
     if draft.config.model.context_parallel_size > 1:
         _exchange(draft)
 
@@ -60,6 +63,54 @@ def _caps(draft: Draft) -> None:
         "model.attn_logit_softcapping",
         f"no kernel drops capped scores, here attention_dropout={model.attention_dropout}",
         "set model.attention_dropout=0",
+    )
+
+
+def _rotary(draft: Draft) -> None:
+    model = draft.config.model
+    plain = model.position_embedding_type == "rope" and not model.multi_latent_attention
+    for name in ("rope_scaling", "rotary_base_local"):
+        draft.require(
+            getattr(model, name) is None or plain,
+            f"model.{name}",
+            "is for rotary positions outside of multi_latent_attention",
+            "leave it out",
+        )
+    draft.require(
+        model.rotary_base_local is None or model.window_size is not None,
+        "model.rotary_base_local",
+        "is for layers with a window, and there is none",
+        "set model.window_size, or leave it out",
+    )
+    draft.require(
+        model.rope_scaling != "llama3" or model.rope_high_freq_factor > model.rope_low_freq_factor,
+        "model.rope_high_freq_factor",
+        f"must be greater than rope_low_freq_factor={model.rope_low_freq_factor}",
+        "raise it",
+    )
+
+
+def _torch_layers(draft: Draft) -> None:
+    model = draft.config.model
+    for name in _ONLY_TORCH:
+        draft.require(
+            not getattr(model, name) or model.layer_spec != "te",
+            f"model.{name}",
+            "Transformer Engine's layers do not have it",
+            "set model.layer_spec=torch or auto",
+        )
+    for name in ("normalize_branch_outputs", "attention_output_bias"):
+        draft.require(
+            not (getattr(model, name) and model.multi_latent_attention),
+            f"model.{name}",
+            "multi_latent_attention does not have it",
+            "leave it out",
+        )
+    draft.require(
+        not (model.normalize_branch_outputs and model.num_moe_experts),
+        "model.normalize_branch_outputs",
+        f"is for dense layers, here num_moe_experts={model.num_moe_experts}",
+        "leave it out",
     )
 
 

@@ -38,14 +38,27 @@ class ModelConfig:
         rotary_base: Base of the rotary frequencies.
         rotary_percent: Part of each head that is rotated.
         rotary_interleaved: Rotate pairs of neighbours instead of halves.
+        rotary_base_local: Base of the layers with window_size; null means rotary_base. They are not
+            stretched by rope_scaling.
+        rope_scaling: Stretch rotary positions to longer sequences: all frequencies alike (linear),
+            or low ones alone (llama3); null does not.
+        rope_scaling_factor: By how much rope_scaling divides frequencies.
+        rope_low_freq_factor: llama3: turns within the first length below which a frequency is
+            divided in full.
+        rope_high_freq_factor: llama3: turns within the first length above which it is kept.
+        rope_original_max_positions: llama3: longest sequence of the first training.
         normalization: Kind of norm.
         layernorm_epsilon: Added to the variance in norms.
         layernorm_zero_centered_gamma: Store norm weights as offset from 1.
         qk_layernorm: Normalize queries and keys.
-        activation_func: Activation of the MLP.
+        normalize_branch_outputs: Normalize what attention and MLP give before it is added to the
+            residual stream, besides their input.
+        embedding_scale: Multiplies the embedding of a token; null leaves it.
+        activation_func: Activation of the MLP; gelu_tanh is the approximation of gelu by tanh.
         gated_linear_unit: Multiply the activation with a second projection (SwiGLU with silu).
         add_bias_linear: Give the linears of attention and MLP a bias.
         add_qkv_bias: Give the query, key and value projection a bias.
+        attention_output_bias: Give the output projection of attention a bias.
         share_embeddings_and_output_weights: Use one matrix for input and output tokens.
         hidden_dropout: Dropout on the residual branches and the embedding.
         attention_dropout: Dropout on attention probabilities.
@@ -156,14 +169,23 @@ class ModelConfig:
     rotary_base: int = number(10_000, ge=1)
     rotary_percent: float = number(1.0, gt=0, le=1)
     rotary_interleaved: bool = False
+    rotary_base_local: int | None = number(None, ge=1)
+    rope_scaling: Literal["linear", "llama3"] | None = None
+    rope_scaling_factor: float = number(8.0, gt=0)
+    rope_low_freq_factor: float = number(1.0, gt=0)
+    rope_high_freq_factor: float = number(4.0, gt=0)
+    rope_original_max_positions: int = number(8192, ge=1)
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     layernorm_epsilon: float = number(1e-5, gt=0)
     layernorm_zero_centered_gamma: bool = False
     qk_layernorm: bool = False
-    activation_func: Literal["silu", "gelu", "relu", "squared_relu"] = "silu"
+    normalize_branch_outputs: bool = False
+    embedding_scale: float | None = number(None, gt=0)
+    activation_func: Literal["silu", "gelu", "gelu_tanh", "relu", "squared_relu"] = "silu"
     gated_linear_unit: bool = True
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
+    attention_output_bias: bool = False
     share_embeddings_and_output_weights: bool = False
     hidden_dropout: float = number(0.0, ge=0, lt=1)
     attention_dropout: float = number(0.0, ge=0, lt=1)

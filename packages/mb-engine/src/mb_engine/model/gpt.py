@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from mb_config.records import ProcessLayout
 
 _SECTIONS = ("model", "recompute", "offload", "cuda_graph", "comm_overlap", "mixed_precision")
+_OF_THE_TORCH_LAYERS = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "normalize_branch_outputs",
+    "attention_output_bias",
+    "rotary_base_local",
+    "rope_scaling",
+    "rope_scaling_factor",
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,8 +78,8 @@ def transformer_config(config: ConfigContainer) -> Any:
     _check_extra(extra, known=known)
     made = config_class(**{k: v for k, v in (values | extra).items() if k in known})
     # Megatron-core has no such fields; the torch layers read them.
-    made.attn_logit_softcapping = model.attn_logit_softcapping
-    made.final_logit_softcapping = model.final_logit_softcapping
+    for name in _OF_THE_TORCH_LAYERS:
+        setattr(made, name, getattr(model, name))
     return made
 
 
@@ -124,14 +133,16 @@ def build_model(config: ConfigContainer, layout: ProcessLayout) -> list[Any]:
 def _build_chunk(
     config: ConfigContainer, megatron_config: Any, layout: ProcessLayout, vp_stage: int | None
 ) -> Any:
+    from mb_engine.model.embedding import scale_embedding
     from mb_engine.model.language_model import TorchGPTModel
     from mb_engine.model.layer_specs import block_spec, choose_layer_spec, multi_token_spec
     from mb_engine.model.multi_token import MultiTokenGPTModel
+    from mb_engine.model.rotary_scaling import stretch_rotary
 
     model = config.model
     layer_spec = choose_layer_spec(config)
     spec = block_spec(megatron_config, layer_spec=layer_spec, vp_stage=vp_stage)
-    return (TorchGPTModel if layer_spec == "torch" else MultiTokenGPTModel)(
+    chunk = (TorchGPTModel if layer_spec == "torch" else MultiTokenGPTModel)(
         config=megatron_config,
         transformer_layer_spec=spec,
         mtp_block_spec=multi_token_spec(megatron_config, layer_spec=layer_spec, vp_stage=vp_stage),
@@ -146,6 +157,9 @@ def _build_chunk(
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    stretch_rotary(chunk, model)
+    scale_embedding(chunk, model.embedding_scale)
+    return chunk
 
 
 def _own_fields(section: Any) -> Iterator[tuple[str, Any]]:
@@ -159,9 +173,12 @@ def _translated(model: Any) -> dict[str, Any]:
     from megatron.core.activations import squared_relu
     from megatron.core.transformer.enums import AttnBackend
 
+    from mb_engine.model.mlp import gelu_tanh
+
     activations = {
         "silu": functional.silu,
         "gelu": functional.gelu,
+        "gelu_tanh": gelu_tanh,
         "relu": functional.relu,
         "squared_relu": squared_relu,
     }

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from mb_engine.errors import EngineError
 from mb_engine.model.attention import TorchAttention
+from mb_engine.model.branch_linears import AttentionOutput
 from mb_engine.model.expert_kernels import check_expert_kernels
 from mb_engine.model.latent_attention import TorchLatentAttention
 from mb_engine.model.linears import ColumnLinear, RowLinear
@@ -40,6 +41,13 @@ from mb_engine.runtime.megatron_compat import (
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
 
+_ONLY_TORCH = (
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rotary_base_local",
+    "normalize_branch_outputs",
+    "attention_output_bias",
+)
 _INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _LATENT_NORMS = {
     f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_"
@@ -61,8 +69,8 @@ def choose_layer_spec(config: ConfigContainer) -> str:
     has_te = importlib.util.find_spec("transformer_engine") is not None
     wanted = config.model.layer_spec
     if wanted == "auto":
-        capped = config.model.attn_logit_softcapping or config.model.final_logit_softcapping
-        return "te" if on_cuda and has_te and not capped else "torch"
+        needs_torch = any(getattr(config.model, name) for name in _ONLY_TORCH)
+        return "te" if on_cuda and has_te and not needs_torch else "torch"
     if wanted == "te" and not (on_cuda and has_te):
         why = "is for CUDA devices" if has_te else "is not installed"
         raise EngineError(
@@ -163,7 +171,8 @@ def _use_torch(layer: Any, config: Any, norm: type) -> None:
         return
     layer.self_attention.module = TorchSelfAttention
     attention.linear_qkv = ColumnLinear
-    attention.linear_proj = RowLinear
+    own_end = config.normalize_branch_outputs or config.attention_output_bias
+    attention.linear_proj = AttentionOutput if own_end else RowLinear
     if config.qk_layernorm and not config.qk_l2_norm:
         attention.q_layernorm = norm
         attention.k_layernorm = norm

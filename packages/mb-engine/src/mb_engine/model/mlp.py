@@ -6,13 +6,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch.nn import functional
 
+from mb_engine.model.branch_linears import BranchLinear
 from mb_engine.model.linears import ColumnLinear, RowLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return the approximation of gelu by tanh.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2.
+    """
+    return functional.gelu(x, approximate="tanh")
 
 
 def gated(inner: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -34,7 +44,8 @@ class TorchMLP(MLP):  # type: ignore[misc]
         self, config: Any, submodules: Any = None, *, tp_group: Any = None, **kwargs: Any
     ) -> None:
         """Take what megatron-core gives to ``MLP``; this package's linears if no submodules."""
-        parts = submodules or MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
+        last = BranchLinear if config.normalize_branch_outputs else RowLinear
+        parts = submodules or MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=last)
         kwargs.setdefault("ffn_hidden_size", config.ffn_hidden_size)
         super().__init__(config, parts, tp_group=tp_group, **kwargs)
         self.activation_of = gated

@@ -10,6 +10,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from mb_engine.model.attention.packed import PackedSequences
 from mb_engine.model.rotary import rotary_table, split_and_rotate
+from mb_engine.model.rotary_scaling import local_rotary_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
         """Take what megatron-core gives to ``SelfAttention``."""
         super().__init__(*args, **kwargs)
         config = self.config
+        self.local_rotary = local_rotary_of(config, self.layer_number)
         self.is_usual = (
             config.num_query_groups >= self.world_size
             and isinstance(self.q_layernorm, (IdentityOp, type(None)))
@@ -55,6 +57,8 @@ class TorchSelfAttention(SelfAttention):  # type: ignore[misc]
             **kwargs: As ``SelfAttention`` takes them.
         """
         width = self.hidden_size_per_attention_head
+        if self.local_rotary is not None and rotary_pos_emb is not None:
+            rotary_pos_emb = self.local_rotary.angles(rotary_pos_emb)
         if (
             not self.is_usual
             or args

@@ -43,6 +43,10 @@ _MODEL_IDENTITY = (
     "qk_layernorm",
     "share_embeddings_and_output_weights",
     "num_moe_experts",
+    "attention_output_bias",
+    "normalize_branch_outputs",
+    "layernorm_zero_centered_gamma",
+    "embedding_scale",
 )
 
 
