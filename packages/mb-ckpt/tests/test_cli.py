@@ -45,6 +45,25 @@ def test_inspect_shows_tensors_and_plain_data(run, capsys):
     }
 
 
+def test_prune_says_what_would_go_and_deletes_it(run, capsys):
+    rules = ["--keep-last", "1", "--keep-every", "20"]
+    with CheckpointStore(run) as store:
+        store.save(30, {}, metrics={"loss": 1.0})
+    assert main(["prune", str(run), *rules, "--dry-run"]) == 0
+    assert capsys.readouterr().out == "would delete 10; kept 20, 30\n"
+    assert main(["prune", str(run), *rules, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "deleted": [10], "kept": [20, 30], "dry_run": False,
+    }  # fmt: skip
+    with CheckpointStore(run) as store:
+        assert store.steps() == [20, 30]
+        store.save(40, {}, metrics={"loss": 2.0})
+    assert main(["prune", str(run), "--keep-last", "1", "--keep-best", "loss"]) == 0
+    assert capsys.readouterr().out == "deleted 20; kept 30, 40\n"
+    assert main(["prune", str(run), "--keep-last", "0"]) == 2
+    assert "--keep-last=0: give a number from 1 on" in capsys.readouterr().err
+
+
 def test_verify_reads_everything_and_ends_with_2_on_damage(run, capsys):
     assert main(["verify", str(run), "--all"]) == 0
     assert "step 10: 2 tensors, 2.4 KB, all as written" in capsys.readouterr().out

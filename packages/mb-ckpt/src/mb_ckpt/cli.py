@@ -13,6 +13,7 @@ from mb_config.errors import UserError
 
 from mb_ckpt.__about__ import __version__
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.retention import Best
 from mb_ckpt.store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after one line on standard error if it cannot."""
     options = _parser().parse_args(arguments)
     try:
-        with CheckpointStore(options.place) as store:
+        with CheckpointStore(options.place, **_rules(options)) as store:
             options.run(store, options)
     except UserError as e:
         sys.stderr.write(f"mb-ckpt: {e}\n")
@@ -45,18 +46,55 @@ def _parser() -> argparse.ArgumentParser:
         ("ls", _list, "list the committed steps"),
         ("inspect", _inspect, "show keys, shapes, dtypes and plain data of a step"),
         ("verify", _verify, "read every byte of a step against its checksums"),
+        ("prune", _prune, "delete old steps"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("place", metavar="DIR", help="directory of the run, or a URL")
         command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
-        if name != "ls":
+        if name in ("inspect", "verify"):
             command.add_argument("--step", type=int, help="which step; the newest if left out")
         if name == "inspect":
             command.add_argument("--prefix", default="", help="only keys that begin with this")
         if name == "verify":
             command.add_argument("--all", action="store_true", help="every step")
+        if name == "prune":
+            _add_rules(command)
     return parser
+
+
+def _add_rules(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--keep-last", type=int, required=True, metavar="K", help="keep the newest K steps"
+    )
+    command.add_argument("--keep-every", type=int, metavar="N", help="keep multiples of N")
+    command.add_argument("--keep-best", metavar="METRIC", help="keep the step with the best METRIC")
+    command.add_argument("--max", action="store_true", help="a higher METRIC is better")
+    command.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+
+def _rules(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the retention settings of the command; none for those that delete nothing."""
+    if options.run is not _prune:
+        return {}
+    for name in ("keep_last", "keep_every"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise CheckpointError(f"--{name.replace('_', '-')}={value}: give a number from 1 on")
+    best = options.keep_best and Best(
+        metric=options.keep_best, mode="max" if options.max else "min"
+    )
+    return {"keep_last": options.keep_last, "keep_every": options.keep_every, "keep_best": best}
+
+
+def _prune(store: CheckpointStore, options: argparse.Namespace) -> None:
+    gone = store.prune(dry_run=options.dry_run)
+    left = [step for step in store.steps() if step not in gone]
+    if options.json:
+        _print(json.dumps({"deleted": gone, "kept": left, "dry_run": options.dry_run}))
+        return
+    verb = "would delete" if options.dry_run else "deleted"
+    _print(f"{verb} {', '.join(map(str, gone)) or 'nothing'}; kept {', '.join(map(str, left))}")
 
 
 def _list(store: CheckpointStore, options: argparse.Namespace) -> None:
