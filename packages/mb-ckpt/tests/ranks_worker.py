@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore, writing
 from mb_config.records import TensorShard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
 
 WIDE = torch.arange(7 * 10, dtype=torch.float32).reshape(7, 10)
 FLAT = torch.arange(4 * 9, dtype=torch.int64).reshape(4, 9)
@@ -241,7 +244,57 @@ def kinds(rank, root):
         check_loaded(rank, room)
 
 
+def sharded_training(seed, mesh):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    if mesh is not None:
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def train_sharded(model, optimizer, steps):
+    losses = []
+    for step in steps:
+        x_BI = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        loss = model(x_BI).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def fsdp(rank, root):
+    """FSDP2 resumes, in one dimension and with replicas, and one rank reads what it saved."""
+    for name, mesh in (
+        ("shard", init_device_mesh("cpu", (2,))),
+        ("replicate", init_device_mesh("cpu", (2, 1), mesh_dim_names=("r", "s"))),
+    ):
+        model, optimizer = sharded_training(0, mesh)
+        train_sharded(model, optimizer, range(3))
+        with CheckpointStore(root / name, staging="lazy") as store:
+            store.save(3, {"model": model, "optimizer": optimizer}).wait_staged()
+            expected = train_sharded(model, optimizer, range(3, 6))
+            again, other = sharded_training(1, mesh)
+            store.load({"model": again, "optimizer": other})
+            moment = other.state[next(again.parameters())]["exp_avg"]
+            assert type(moment).__name__ == "DTensor"
+            assert train_sharded(again, other, range(3, 6)) == expected
+            pieces = store.inspect().tensors["model.0.weight"].pieces
+            assert pieces == (2 if name == "shard" else 1)
+    dense, optimizer = sharded_training(1, None)
+    store = CheckpointStore(root / "shard")
+    store.load({"model": dense, "optimizer": optimizer})
+    assert train_sharded(dense, optimizer, range(3, 6)) == pytest.approx(expected, rel=1e-5)
+    store.close()
+    partial_sum = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (2,)), [Partial()])
+    with CheckpointStore(root / "partial") as store:
+        raises(CheckpointError, "partial sums", partial(store.save, 1, {"w": partial_sum}))
+
+
 CASES = {
+    "fsdp": [fsdp],
     "layouts": [save_and_load, refusal],
     "kinds": [spread, kinds],
     "failures": [failures],

@@ -71,6 +71,10 @@ def test_every_way_of_writing_works_on_two_ranks_and_shares_the_work(tmp_path):
         assert torch.equal(flat, FLAT)
 
 
+def test_fsdp2_resumes_and_one_rank_without_it_goes_on_from_there(tmp_path):
+    run("fsdp", tmp_path)
+
+
 def test_two_ranks_load_what_one_rank_saved(tmp_path):
     with CheckpointStore(tmp_path / "load_from_one") as store:
         store.save(1, {

@@ -11,10 +11,11 @@ from attrs import evolve, field, frozen
 
 from mb_ckpt import plain_tree
 from mb_ckpt.catalogue import step_name
+from mb_ckpt.dtensors import room_like_parameter
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.meta_modules import materialize
 from mb_ckpt.reader import fill, listing
-from mb_ckpt.state import Piece, Stateful, dtype_name, flatten, whole
+from mb_ckpt.state import Piece, Stateful, dtype_name, flatten
 from mb_ckpt.zarr_reader import fill_arrays
 
 if TYPE_CHECKING:
@@ -89,7 +90,11 @@ def load(
         flat = flatten(state, loading=True)
         matching = _Matching(manifest, options, place)
         trees = matching.trees(flat.statefuls)
-        fresh = {key: _empty(manifest, key) for tree in trees for key in _tensors(tree)}
+        fresh = {
+            key: _room(manifest, key, item, options)
+            for item, tree in zip(flat.statefuls, trees, strict=True)
+            for key in _tensors(tree)
+        }
         pieces = matching.pieces(flat, fresh)
         unexpected = matching.unexpected(flat, pieces)
         matching.check(flat, pieces, unexpected)
@@ -162,7 +167,8 @@ class _Matching:
             there = spec if same else evolve(spec, key=stored, dtype=dtype)
             wanted.append(Piece(there, tensor.detach()))
             self.filled.append(key)
-        return wanted + [Piece(whole(t, key), t) for key, t in fresh.items()]
+        new = flatten(dict(fresh))
+        return wanted + [Piece(s, t) for s, t in zip(new.specs, new.tensors, strict=True)]
 
     def unexpected(self, flat: FlatState, pieces: Iterable[Piece]) -> tuple[str, ...]:
         """Return the keys of the step that nothing asked for."""
@@ -253,9 +259,12 @@ def _fill_cast(store: Store, manifest: Manifest, wanted: list[Piece]) -> None:
             piece.data.copy_(stored.data)
 
 
-def _empty(manifest: Manifest, key: str) -> torch.Tensor:
-    entry = manifest.tensors[key]
-    return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+def _room(manifest: Manifest, key: str, item: Stateful, options: LoadOptions) -> Any:
+    """Return a tensor to fill for the stored tensor *key* of an object's state."""
+    dtype, shape = manifest.tensors.kind(key)
+    name = key[len(options.stored(item.path)) + 1 :]
+    room = room_like_parameter(item.target, name, shape, dtype)
+    return torch.empty(shape, dtype=getattr(torch, dtype)) if room is None else room
 
 
 def _load_extra(manifest: Manifest, module: Stateful, options: LoadOptions) -> None:

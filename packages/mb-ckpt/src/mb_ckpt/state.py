@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mb_ckpt import plain_tree
 from mb_ckpt.boxes import Box, flat_boxes
+from mb_ckpt.dtensors import is_dtensor, local_shard
 from mb_ckpt.errors import CheckpointError
 
 _TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -161,7 +162,13 @@ class _Walk:
     def visit(self, value: Any, path: str) -> Any:  # noqa: PLR0911  # one return a kind of leaf
         """Take in *value*, found at the dotted *path*; return what of it is plain data."""
         if isinstance(value, Tensor):
-            self._plain(value, path)
+            if type(value) not in _TENSORS and is_dtensor(value):
+                shard = local_shard(value, path)
+                if shard is None:
+                    return plain_tree.ABSENT
+                self._shard(shard)
+            else:
+                self._plain(value, path)
             return {"$tensor": path}
         if isinstance(value, TensorShard):
             self._shard(value)

@@ -138,6 +138,7 @@ class CheckpointStore:
                 keys, once for each ``replica_id=0``), tensors and numpy arrays (stored under their
                 dotted path; the same on every rank), plain Python data (from rank 0), and
                 objects with ``state_dict`` and ``load_state_dict``, such as modules and optimizers.
+                DTensors are stored as the pieces they are.
             metrics: Numbers that ``keep_best`` goes by, such as ``{"loss": 2.5}``; rank 0's count.
 
         Returns:
@@ -155,6 +156,7 @@ class CheckpointStore:
         path = f"{self._store.url}/{catalogue.step_name(step)}"
         self._last, refusal = self._stager.begin(self._saver, step, path, state, values)
         if refusal is not None:  # after the others have been given word, or they would wait
+            self._last.asked = True
             raise refusal
         if not self._async:
             self._last.result()

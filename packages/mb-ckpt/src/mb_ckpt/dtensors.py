@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DTensors, such as the parameters and optimizer state of FSDP2, as pieces of global tensors."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from mb_config.records import TensorShard
+
+from mb_ckpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def is_dtensor(value: Any) -> bool:
+    """Return whether *value* is a DTensor, without importing what defines them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local_shard(value: Any, key: str) -> TensorShard | None:
+    """Return this rank's piece of a DTensor; None if the rank is not in its mesh.
+
+    Of ranks that hold the same piece, the one with coordinate 0 along every mesh dimension that
+    replicates has ``replica_id=0``.
+
+    Args:
+        value: A DTensor, sharded or replicated along each dimension of its mesh.
+        key: Name to store it under.
+
+    Raises:
+        CheckpointError: If it holds partial sums.
+    """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = value.device_mesh, value.placements
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    if any(placement.is_partial() for placement in placements):
+        raise CheckpointError(
+            f"state {key!r} is a DTensor of partial sums, {placements}: redistribute it first"
+        )
+    shape, offset = compute_local_shape_and_global_offset(value.shape, mesh, placements)
+    replicated = (c for c, p in zip(coordinate, placements, strict=True) if p.is_replicate())
+    data: Tensor = value.detach().to_local()
+    return TensorShard(
+        key=key,
+        data=data,
+        global_shape=tuple(value.shape),
+        offset=tuple(offset),
+        local_shape=tuple(shape),
+        dtype=str(value.dtype).removeprefix("torch."),
+        replica_id=int(any(replicated)),
+    )
+
+
+def room_like_parameter(target: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return room for the optimizer state *name*, split as its parameter is.
+
+    Args:
+        target: The object that is loaded.
+        name: Dotted path in its ``state_dict``, such as ``state.3.exp_avg``.
+        shape: Of the whole stored tensor.
+        dtype: Of it, as torch prints it.
+
+    Returns:
+        A DTensor, or None if *target* is no optimizer, or the parameter no DTensor of that shape.
+    """
+    parts = name.split(".")
+    if not isinstance(target, torch.optim.Optimizer) or len(parts) != 3 or parts[0] != "state":
+        return None
+    parameters = [p for group in target.param_groups for p in group["params"]]
+    index = int(parts[1]) if parts[1].isdigit() else len(parameters)
+    if index >= len(parameters) or not is_dtensor(parameters[index]):
+        return None
+    parameter = parameters[index]
+    if tuple(parameter.shape) != shape:
+        return None
+    return torch.empty_like(parameter.detach(), dtype=getattr(torch, dtype))
