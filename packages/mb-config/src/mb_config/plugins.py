@@ -17,6 +17,7 @@ _PROVIDERS = {
     "mb.metric_sinks": "mb-engine[logging]",
     "mb.model_transforms": "mb-engine[peft]",
     "mb.objectives": "mb-engine",
+    "mb.model_families": "mb-engine",
     "mb.dataset_configs": "mb-config",
     "mb.peft_configs": "mb-config",
 }
