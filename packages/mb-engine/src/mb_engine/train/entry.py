@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mb_engine.compose import Components
     from mb_engine.data.datasets import Datasets
     from mb_engine.data.tokenizers import Tokenizer
-    from mb_engine.interfaces import Callback, ForwardStep, Objective
+    from mb_engine.interfaces import Callback, Checkpointer, ForwardStep, Objective
     from mb_engine.train.engine import Engine
     from mb_engine.train.state import TrainState
 
@@ -163,6 +163,8 @@ class _Job:
             reason = reason or f"{type(error).__name__}: {error}"
             self._end(emit, listeners, engine, reason, exit_code=1)
             raise
+        if components is None:
+            _close(parts.checkpointer, parts.initial)
         self._end(emit, listeners, engine, reason, exit_code=0)
         return RunResult(
             reason=reason,
@@ -256,6 +258,14 @@ class _Job:
             saver=saver,
             flops_per_token=flops_per_token(config),
         )
+
+
+def _close(*checkpointers: Checkpointer | None) -> None:
+    """Let other jobs save where these did, and give their threads and memory back."""
+    for checkpointer in checkpointers:
+        close = getattr(checkpointer, "close", None)
+        if close is not None:
+            close()
 
 
 def _emit(listeners: Sequence[Callback], evaluations: dict[str, EvalEvent], event: Event) -> None:
