@@ -9,7 +9,7 @@ import pytest
 import torch
 from mb_ckpt import CheckpointStore, stager
 from mb_config.records import TensorShard
-from mb_engine import Engine
+from mb_engine import Engine, pretrain
 from mb_engine.testing import run_ranks, tiny_config
 
 STEPS = 6
@@ -95,6 +95,30 @@ def save_and_resume(folder, overrides):
 
 def run_all(folder, cases):
     return [save_and_resume(f"{folder}/{i}", case) for i, case in enumerate(cases)]
+
+
+def run_twice(folder):
+    """Run to step 2, then on to step 4, in one process and one folder."""
+    found = []
+    for stop in (2, 4):
+        config = tiny_config(
+            "model.num_layers=1",
+            "model.vocab_size=null",
+            "train.train_iters=4",
+            f"train.exit_interval={stop}",
+            f"checkpoint.save={folder}",
+            f"checkpoint.load={folder}",
+            "logger.sinks=[]",
+        )
+        found.append(pretrain(config).failed_saves)
+    return found
+
+
+@pytest.mark.dist
+def test_a_second_run_in_one_process_saves_where_the_first_did(tmp_path):
+    assert run_ranks(run_twice, 1, str(tmp_path)) == [[0, 0]]
+    with CheckpointStore(tmp_path) as store:
+        assert store.steps() == [2, 4]
 
 
 @pytest.fixture(scope="module")

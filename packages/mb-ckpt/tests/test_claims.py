@@ -54,6 +54,16 @@ def test_it_waits_a_little_for_one_that_is_about_to_end(tmp_path):
         assert second.steps() == [1, 2]
 
 
+def test_a_store_that_was_dropped_keeps_nobody_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "PATIENCE_S", 0.2)
+    store = CheckpointStore(tmp_path)
+    store.save(1, {"w": torch.ones(1)}).result()
+    store = CheckpointStore(tmp_path)
+    store.save(2, {"w": torch.ones(1)}).result()
+    assert store.steps() == [1, 2]
+    store.close()
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
     import errno
 

@@ -37,6 +37,8 @@ class DirectoryClaim:
         OSError: If the directory cannot be made or opened.
     """
 
+    _handle = -1
+
     def __init__(self, root: Path) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(root, os.O_RDONLY)
@@ -58,6 +60,10 @@ class DirectoryClaim:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+    def __del__(self) -> None:
+        """Let others in when the store that had it was dropped without being closed."""
+        self.release()
 
     def _locked(self, root: Path) -> bool:
         try:
