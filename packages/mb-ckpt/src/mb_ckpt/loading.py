@@ -13,6 +13,7 @@ from mb_ckpt import plain_tree
 from mb_ckpt.catalogue import step_name
 from mb_ckpt.dtensors import room_like_parameter
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.megatron_states import fill_object
 from mb_ckpt.meta_modules import materialize
 from mb_ckpt.reader import fill, listing
 from mb_ckpt.state import Piece, Stateful, dtype_name, flatten
@@ -95,7 +96,8 @@ def load(
             for item, tree in zip(flat.statefuls, trees, strict=True)
             for key in _tensors(tree)
         }
-        pieces = matching.pieces(flat, fresh)
+        objects = matching.objects(flat)
+        pieces = matching.pieces(flat, {**fresh, **objects})
         unexpected = matching.unexpected(flat, pieces)
         matching.check(flat, pieces, unexpected)
     direct = [p for p in pieces if _fits(p)]
@@ -106,6 +108,10 @@ def load(
             item.target.load_state_dict(plain_tree.decode(tree, fresh))
     for module in flat.modules:
         _load_extra(manifest, module, options)
+    for thing in flat.objects:
+        stored = options.stored(thing.key)
+        if stored in objects:
+            fill_object(thing, objects[stored])
     return Loaded(
         plain_tree.decode(manifest.tree) or {},
         step=manifest.step,
@@ -143,6 +149,20 @@ class _Matching:
                 self.missing.append(item.path)
                 tree = None
             found.append(tree)
+        return found
+
+    def objects(self, flat: FlatState) -> dict[str, torch.Tensor]:
+        """Return room for the bytes of Megatron's objects, by stored key."""
+        found = {}
+        for item in flat.objects:
+            stored = self.options.stored(item.key)
+            if not self.options.wants(item.key):
+                continue
+            if stored in self.manifest.tensors:
+                _, shape = self.manifest.tensors.kind(stored)
+                found[stored] = torch.empty(shape, dtype=torch.uint8)
+            else:
+                self.missing.append(item.key)
         return found
 
     def pieces(self, flat: FlatState, fresh: Mapping[str, torch.Tensor]) -> list[Piece]:

@@ -13,10 +13,11 @@ from attrs import field, frozen
 from mb_config.records import TensorShard
 from torch import Tensor
 
-from mb_ckpt import plain_tree
+from mb_ckpt import megatron_states, plain_tree
 from mb_ckpt.boxes import Box, flat_boxes
 from mb_ckpt.dtensors import is_dtensor, local_shard
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.megatron_states import is_sharded
 
 _TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _NAMES = {
@@ -98,6 +99,7 @@ class FlatState:
         modules: Modules of the state; their tensors are among ``tensors``.
         statefuls: Other objects with a state, when loading; their tensors are not among them.
         changing: Indices of values that a forward pass may change: buffers of modules.
+        objects: Objects of megatron-core, when loading.
     """
 
     specs: list[Spec] = field(factory=list)
@@ -106,6 +108,7 @@ class FlatState:
     modules: list[Stateful] = field(factory=list)
     statefuls: list[Stateful] = field(factory=list)
     changing: list[int] = field(factory=list)
+    objects: list[megatron_states.ObjectToFill] = field(factory=list)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -141,6 +144,7 @@ def flatten(
         modules=walk.modules,
         statefuls=walk.statefuls,
         changing=walk.changing,
+        objects=walk.objects,
     )
 
 
@@ -156,20 +160,14 @@ class _Walk:
         self.modules: list[Stateful] = []
         self.statefuls: list[Stateful] = []
         self.changing: list[int] = []
+        self.objects: list[megatron_states.ObjectToFill] = []
         self.seen: dict[str, bool] = {}
         self.buffers: set[str] = set()
 
-    def visit(self, value: Any, path: str) -> Any:  # noqa: PLR0911  # one return a kind of leaf
+    def visit(self, value: Any, path: str) -> Any:
         """Take in *value*, found at the dotted *path*; return what of it is plain data."""
         if isinstance(value, Tensor):
-            if type(value) not in _TENSORS and is_dtensor(value):
-                shard = local_shard(value, path)
-                if shard is None:
-                    return plain_tree.ABSENT
-                self._shard(shard)
-            else:
-                self._plain(value, path)
-            return {"$tensor": path}
+            return self._tensor(value, path)
         if isinstance(value, TensorShard):
             self._shard(value)
             return plain_tree.ABSENT
@@ -179,13 +177,43 @@ class _Walk:
             return plain_tree.encode_items([(k, v) for k, v in items if v is not plain_tree.ABSENT])
         if isinstance(value, (list, tuple)):
             return self._sequence(value, path)
-        if isinstance(value, np.ndarray) and value.dtype.hasobject is False:
+        return self._other(value, path)
+
+    def _tensor(self, value: Tensor, path: str) -> Any:
+        if type(value) not in _TENSORS and is_dtensor(value):
+            shard = local_shard(value, path)
+            if shard is None:
+                return plain_tree.ABSENT
+            self._shard(shard)
+        else:
+            self._plain(value, path)
+        return {"$tensor": path}
+
+    def _other(self, value: Any, path: str) -> Any:
+        if is_sharded(value):
+            self._megatron(value)
+            return plain_tree.ABSENT
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return self._array(value, path)
         if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             return self._object(value, path)
         if isinstance(value, np.generic):
             value = value.item()
         return plain_tree.encode_scalar(value, path)
+
+    def _megatron(self, value: Any) -> None:
+        if megatron_states.is_local(value):
+            return
+        if not megatron_states.is_object(value):
+            for shard in megatron_states.pieces(value):
+                self._shard(shard)
+        elif self.loading:
+            item = megatron_states.ObjectToFill(key=value.unique_key, target=value)
+            self.objects.append(item)
+        else:
+            stored = megatron_states.object_shard(value)
+            if stored is not None:
+                self._shard(stored)
 
     def _sequence(self, value: list[Any] | tuple[Any, ...], path: str) -> Any:
         items = [self.visit(v, f"{path}.{i}") for i, v in enumerate(value)]
