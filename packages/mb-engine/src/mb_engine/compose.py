@@ -8,6 +8,7 @@ instead.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -83,18 +84,38 @@ def checkpointers_of(
         PluginError: If the package that does it is not installed.
     """
     checkpoint = config.checkpoint
-    if not (checkpoint.save or checkpoint.load or checkpoint.pretrained_checkpoint):
+    from_hub = hub_folder_of(config) is not None
+    initial_weights = checkpoint.pretrained_checkpoint and not from_hub
+    if not (checkpoint.save or checkpoint.load or initial_weights):
         return None, None
     setting = f"checkpoint.backend={checkpoint.backend!r}"
     make = load_plugin("mb.checkpointers", checkpoint.backend, setting=setting, extra="ckpt")
     own = make(checkpoint, layout) if checkpoint.save or checkpoint.load else None
     initial = None
-    if checkpoint.pretrained_checkpoint:
+    if initial_weights:
         only_load = attrs.evolve(
             checkpoint, save=None, save_interval=None, load=checkpoint.pretrained_checkpoint
         )
         initial = make(only_load, layout)
     return own, initial
+
+
+def hub_folder_of(config: ConfigContainer) -> Path | None:
+    """Return ``checkpoint.pretrained_checkpoint`` if it is a Hugging Face folder, else None.
+
+    Raises:
+        EngineError: If ``checkpoint.load`` is one: a run cannot be resumed from it.
+    """
+    from mb_engine.bridge.source import is_hub_folder
+    from mb_engine.errors import EngineError
+
+    load, initial = config.checkpoint.load, config.checkpoint.pretrained_checkpoint
+    if load and is_hub_folder(Path(load)):
+        raise EngineError(
+            f"checkpoint.load={load}: is a Hugging Face folder, from which no run can be resumed;"
+            " give it as checkpoint.pretrained_checkpoint"
+        )
+    return Path(initial) if initial and is_hub_folder(Path(initial)) else None
 
 
 def callbacks_of(config: ConfigContainer) -> tuple[Callback, ...]:

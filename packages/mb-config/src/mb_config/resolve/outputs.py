@@ -22,7 +22,7 @@ def resolve(draft: Draft) -> None:
 
 def _saving(draft: Draft) -> None:
     checkpoint, at = draft.config.checkpoint, "checkpoint"
-    for name in ("save_interval", "save_retain_interval"):
+    for name in ("save_interval", "save_retain_interval", "save_hf"):
         draft.require(
             checkpoint.save is not None or getattr(checkpoint, name) is None,
             f"{at}.{name}",

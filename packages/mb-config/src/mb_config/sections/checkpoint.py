@@ -40,7 +40,9 @@ class CheckpointConfig:
         load_optim: Load the optimizer.
         load_rng: Load random states.
         finetune: Load only the weights and start at step 0.
-        pretrained_checkpoint: Weights to start from where load has none.
+        pretrained_checkpoint: Weights to start from where load has none: a checkpoint, or a folder
+            in the Hugging Face format.
+        save_hf: Folder in which every save also writes the weights in the Hugging Face format.
         exit_on_missing_checkpoint: Fail when load holds no checkpoint, instead of starting anew.
         most_recent_k: Newest checkpoints to keep; -1 keeps all.
         save_retain_interval: Steps whose multiples are kept for ever; a multiple of save_interval.
@@ -66,6 +68,7 @@ class CheckpointConfig:
     load_rng: bool = True
     finetune: bool = False
     pretrained_checkpoint: str | None = None
+    save_hf: str | None = None
     exit_on_missing_checkpoint: bool = False
     most_recent_k: int = number(-1, ge=-1)
     save_retain_interval: int | None = number(None, ge=1)

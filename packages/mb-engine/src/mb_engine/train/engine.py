@@ -12,6 +12,7 @@ import torch
 from attrs import define, field
 
 from mb_engine.errors import CheckpointMismatchError, EngineError
+from mb_engine.bridge.source import HubSource, shards_to_fill, source_of, with_source
 from mb_engine.parallel import optimizer_state, shards
 from mb_engine.parallel.wrap import connect_schedule, unwrapped, wrap_data_parallel
 from mb_engine.precision import quantized
@@ -57,6 +58,7 @@ class Engine:
         optimizer: Megatron-core's optimizer.
         scheduler: Sets learning rate and weight decay.
         progress: Counters; ``optimizer_step`` advances them.
+        hub: What is kept of the Hugging Face folder that the weights began in, if any.
     """
 
     config: ConfigContainer
@@ -66,6 +68,7 @@ class Engine:
     scheduler: Any
     runner: MicroBatchRunner
     progress: TrainState = field(factory=TrainState)
+    hub: HubSource | None = field(default=None, init=False)
     _samples: int = field(default=0, init=False)
     _tokens: int = field(default=0, init=False)
     _hooks_on: bool = field(default=False, init=False)
@@ -233,7 +236,7 @@ class Engine:
         history = train_state.scaling_history(self.config, self.layout, self.model)
         state["run"]["scaling_history"] = sorted(history)
         state["fp8"] = list(history.values())
-        return state
+        return with_source(state, self.hub, rank=self.layout.rank)
 
     def save(self, checkpointer: Checkpointer) -> SaveHandle:
         """Begin to save the run as of the last step.
@@ -279,7 +282,9 @@ class Engine:
         wanted["fp8"] = list(history.values())
         random_states = self._wanted_rng(run, weights_only=weights_only)
         wanted["rng"] = train_state.rng_shards(random_states, rank=self.layout.rank)
+        wanted["hub"] = shards_to_fill(run, rank=self.layout.rank)
         checkpointer.load(wanted, step)
+        self.hub = source_of(wanted["hub"])
         quantized.quantize_again(copies)
         quantized.load_history(self.model, history)
         if with_optimizer:

@@ -13,6 +13,7 @@ from mb_config.errors import ConfigError, Violation
 from mb_config.records import RunEnd
 
 from mb_engine import compose
+from mb_engine.bridge import load_hf
 from mb_engine.errors import EngineError
 from mb_engine.train.loop import TrainLoop
 from mb_engine.train.resolve import with_epochs, with_vocabulary
@@ -209,13 +210,16 @@ class _Job:
                 return
             # A run that resumes from its own folder finds nothing there the first time; any other
             # empty folder is a mistake.
-            own = checkpoint.load == checkpoint.save or parts.initial is not None
+            own = checkpoint.load == checkpoint.save or checkpoint.pretrained_checkpoint
             if checkpoint.exit_on_missing_checkpoint or not own:
                 raise EngineError(
                     f"{where} holds no complete checkpoint; name a folder that has one, or leave"
                     " checkpoint.load out to start from scratch"
                 )
-        if parts.initial is not None:
+        folder = compose.hub_folder_of(self.config)
+        if folder is not None and parts.initial is None:
+            load_hf(engine, folder)
+        elif parts.initial is not None:
             where = f"checkpoint.pretrained_checkpoint={checkpoint.pretrained_checkpoint}"
             if not parts.initial.steps():
                 raise EngineError(f"{where} holds no complete checkpoint; name a folder that has")

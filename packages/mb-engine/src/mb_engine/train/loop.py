@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import define, field
 
+from mb_engine.bridge import export_model
 from mb_engine.errors import NumericsError
 from mb_engine.train.evaluate import eval_event
 from mb_engine.train.exits import ExitConditions, finished
@@ -156,6 +158,11 @@ class TrainLoop:
             results[name] = event
         return results
 
+    def _export(self, step: int) -> None:
+        folder = self.engine.config.checkpoint.save_hf
+        if folder is not None:
+            export_model(self.engine, Path(folder) / f"step_{step:08d}")
+
     def _save_if_due(self, step: int, *, ending: bool) -> None:
         if self.saver is None or self.saver.last_step == step:
             return
@@ -163,4 +170,5 @@ class TrainLoop:
         if ending or (interval and step % interval == 0):
             begun = time.perf_counter()
             self.saver.save(step, self.engine.state())
+            self._export(step)
             self._meter.exclude(time.perf_counter() - begun)
