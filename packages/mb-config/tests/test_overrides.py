@@ -108,7 +108,7 @@ def test_later_overrides_win():
         ("train.manual_gc=1", "must be true or false, not an int"),
         ("model.normalization=rms", "must be one of 'RMSNorm', 'LayerNorm'"),
         ("train.micro_batch_size=0", "must be >= 1"),
-        ("dataset.type=jsonl", "dataset.type='jsonl': must be one of mock, text"),
+        ("dataset.type=jsonl", "dataset.type='jsonl': must be one of indexed, mock, sft, text"),
         ("train.train_iters", "must look like section.field=value"),
         ("=3", "must look like section.field=value"),
         ("train.train_iters=[1", "is not a YAML value"),

@@ -8,9 +8,11 @@ import pytest
 from mb_config import (
     ConfigContainer,
     ConfigError,
+    IndexedDatasetConfig,
     LoRA,
     MixedPrecisionConfig,
     MockDatasetConfig,
+    SFTDatasetConfig,
     TextDatasetConfig,
     TrainingConfig,
     UserError,
@@ -138,7 +140,7 @@ def test_named_precisions_make_sections(name):
 
 def test_both_datasets_have_what_every_dataset_has():
     shared = set(sections.DatasetConfig.__annotations__)
-    for cls in (TextDatasetConfig, MockDatasetConfig):
+    for cls in (TextDatasetConfig, MockDatasetConfig, SFTDatasetConfig, IndexedDatasetConfig):
         assert shared <= {a.name for a in attrs.fields(cls)}
 
 

@@ -16,6 +16,7 @@ from mb_config.sections import (
     DatasetConfig,
     DistributedDataParallelConfig,
     DistributedInitConfig,
+    IndexedDatasetConfig,
     LoggerConfig,
     LoRA,
     MixedPrecisionConfig,
@@ -28,6 +29,7 @@ from mb_config.sections import (
     RecomputeConfig,
     RNGConfig,
     SchedulerConfig,
+    SFTDatasetConfig,
     TextDatasetConfig,
     TokenizerConfig,
     TrainingConfig,
@@ -240,5 +242,6 @@ def json_schema() -> dict[str, Any]:
 SECTION_NAMES.update(
     {hint: name for name, hint in hints(ConfigContainer).items() if attrs.has(hint)}
     | {TextDatasetConfig: "dataset", MockDatasetConfig: "dataset", LoRA: "peft"}
+    | {SFTDatasetConfig: "dataset", IndexedDatasetConfig: "dataset"}
     | {MixedPrecisionConfig: "mixed_precision", ConfigContainer: ""}
 )

@@ -6,7 +6,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from mb_config.sections import MockDatasetConfig, TextDatasetConfig
+from mb_config.sections import (
+    IndexedDatasetConfig,
+    MockDatasetConfig,
+    SFTDatasetConfig,
+    TextDatasetConfig,
+)
 
 if TYPE_CHECKING:
     from mb_config.resolve.draft import Draft
@@ -24,8 +29,14 @@ def resolve(draft: Draft) -> None:
             "leave it out",
         )
     evaluated = _is_evaluated(draft)
-    if isinstance(dataset, TextDatasetConfig):
-        _text(draft, dataset, evaluated=evaluated)
+    if isinstance(dataset, TextDatasetConfig | SFTDatasetConfig | IndexedDatasetConfig):
+        _split(draft, dataset, evaluated=evaluated)
+    if isinstance(dataset, SFTDatasetConfig | IndexedDatasetConfig):
+        _weights(draft, dataset)
+    if isinstance(dataset, SFTDatasetConfig):
+        _sft(draft, dataset)
+    if isinstance(dataset, IndexedDatasetConfig):
+        _indexed(draft, dataset)
     if isinstance(dataset, MockDatasetConfig) and evaluated:
         draft.require(
             dataset.num_validation_samples > 0,
@@ -42,7 +53,12 @@ def _is_evaluated(draft: Draft) -> bool:
     return runs and (validation.eval_interval is not None or validation.skip_train)
 
 
-def _text(draft: Draft, dataset: TextDatasetConfig, *, evaluated: bool) -> None:
+def _split(
+    draft: Draft,
+    dataset: TextDatasetConfig | SFTDatasetConfig | IndexedDatasetConfig,
+    *,
+    evaluated: bool,
+) -> None:
     shares = _shares(dataset.split)
     if not draft.require(
         shares is not None,
@@ -64,6 +80,76 @@ def _text(draft: Draft, dataset: TextDatasetConfig, *, evaluated: bool) -> None:
         "leaves nothing to validate on, but validation is on",
         "write it as '90,10,0', or give dataset.validation_paths",
     )
+
+
+def _weights(draft: Draft, dataset: SFTDatasetConfig | IndexedDatasetConfig) -> None:
+    weights = dataset.weights
+    draft.require(
+        weights is None or (len(weights) == len(dataset.path) and all(w > 0 for w in weights)),
+        "dataset.weights",
+        f"must be a positive number for each of the {len(dataset.path)} entries of dataset.path",
+        "give as many, or leave it out",
+    )
+
+
+def _sft(draft: Draft, dataset: SFTDatasetConfig) -> None:
+    model = draft.config.model
+    cp = model.context_parallel_size
+    needed = 2 * cp if cp > 1 and dataset.packing != "none" else 1
+    draft.fill("dataset.pad_to_multiple", needed, f"context_parallel_size {cp}")
+    multiple = dataset.pad_to_multiple or 1
+    draft.require(
+        multiple % needed == 0,
+        "dataset.pad_to_multiple",
+        f"must be a multiple of 2 x context_parallel_size = {needed}",
+        "leave it out",
+    )
+    if dataset.packing == "offline":
+        _one_row(draft, "dataset.packing")
+        draft.require(
+            (dataset.seq_length or multiple) % multiple == 0,
+            "dataset.seq_length",
+            f"must be a multiple of dataset.pad_to_multiple={multiple} with packing=offline",
+            "change one of them",
+        )
+
+
+def _indexed(draft: Draft, dataset: IndexedDatasetConfig) -> None:
+    train, validation = draft.config.train, draft.config.validation
+    draft.require(
+        train.num_epochs is None,
+        "train.num_epochs",
+        "cannot be counted with dataset.type=indexed, which shuffles for the length of the run",
+        "give train.train_iters, train_samples or train_tokens",
+    )
+    draft.require(
+        not (validation.full_validation and dataset.weights),
+        "validation.full_validation",
+        "has no end with dataset.weights, which may read a file several times",
+        "set it to false, or name whole sets in dataset.validation_paths",
+    )
+    if not dataset.reset_attention_mask:
+        return
+    _one_row(draft, "dataset.reset_attention_mask")
+    draft.require(
+        draft.config.model.context_parallel_size == 1,
+        "dataset.reset_attention_mask",
+        "needs context_parallel_size=1, as documents have any length",
+        "set it to false",
+    )
+
+
+def _one_row(draft: Draft, path: str) -> None:
+    """Require that a micro-batch is one row, which is all that packed attention takes."""
+    config = draft.config
+    sizes = {
+        "train.micro_batch_size": config.train.micro_batch_size,
+        "validation.eval_micro_batch_size": config.validation.eval_micro_batch_size or 1,
+    }
+    for name, size in sizes.items():
+        draft.require(
+            size == 1, name, f"must be 1 with {path}, whose rows are packed", "set it to 1"
+        )
 
 
 def _shares(split: str) -> list[float] | None:

@@ -4,6 +4,8 @@
 from mb_config.sections.checkpoint import CheckpointConfig
 from mb_config.sections.cuda_graph import CudaGraphConfig
 from mb_config.sections.dataset import DatasetConfig, MockDatasetConfig, TextDatasetConfig
+from mb_config.sections.dataset_indexed import IndexedDatasetConfig
+from mb_config.sections.dataset_sft import SFTDatasetConfig
 from mb_config.sections.distributed import DistributedDataParallelConfig, DistributedInitConfig
 from mb_config.sections.logger import LoggerConfig
 from mb_config.sections.memory import OffloadConfig, RecomputeConfig
@@ -26,6 +28,7 @@ __all__ = [
     "DatasetConfig",
     "DistributedDataParallelConfig",
     "DistributedInitConfig",
+    "IndexedDatasetConfig",
     "LoRA",
     "LoggerConfig",
     "MixedPrecisionConfig",
@@ -37,6 +40,7 @@ __all__ = [
     "ProfilingConfig",
     "RNGConfig",
     "RecomputeConfig",
+    "SFTDatasetConfig",
     "SchedulerConfig",
     "TextDatasetConfig",
     "TokenizerConfig",

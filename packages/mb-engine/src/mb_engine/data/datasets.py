@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
-from mb_config.sections import MockDatasetConfig, TextDatasetConfig
+from mb_config.sections import (
+    IndexedDatasetConfig,
+    MockDatasetConfig,
+    SFTDatasetConfig,
+    TextDatasetConfig,
+)
 
 from mb_engine.data import hashing
 from mb_engine.data.errors import DataError
 from mb_engine.data.mock import MockDataset
+from mb_engine.data.sft_dataset import SFTDataset
 from mb_engine.data.text import load_tokens, split_tokens
 from mb_engine.data.windows import TokenWindows
 
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
     from mb_engine.data.tokenizers import Tokenizer
 
 VALIDATION = "validation"
+_ROW_MULTIPLE = 64  # of rows packed in a batch: keeps the number of different lengths small
 _PARTS = ("train", VALIDATION, "test")
 
 
@@ -53,6 +61,10 @@ def build_datasets(config: ConfigContainer, tokenizer: Tokenizer) -> Datasets:
     settings = config.dataset
     if isinstance(settings, TextDatasetConfig):
         return _text_datasets(config, settings, tokenizer)
+    if isinstance(settings, SFTDatasetConfig):
+        return _sft_datasets(config, settings, tokenizer)
+    if isinstance(settings, IndexedDatasetConfig):
+        return _indexed_datasets(config, tokenizer)
     if isinstance(settings, MockDatasetConfig):
         return _mock_datasets(config, settings, tokenizer)
     own = getattr(settings, "build_datasets", None)
@@ -119,6 +131,57 @@ def _windows(
         seed=config.rng.seed,
         name=name,
     )
+
+
+def _sft_datasets(
+    config: ConfigContainer, settings: SFTDatasetConfig, tokenizer: Tokenizer
+) -> Datasets:
+    from mb_engine.data.sft_prepare import Part, prepare
+
+    def make(part: Part) -> SFTDataset:
+        multiple = settings.pad_to_multiple or 1
+        return SFTDataset(
+            store=prepare(config, tokenizer, part),
+            seq_length=_seq_length(config),
+            pad_id=tokenizer.eod,
+            packing=settings.packing,
+            multiple=multiple,
+            row_multiple=math.lcm(multiple, _ROW_MULTIPLE, _split_of_rows(config)),
+        )
+
+    shares = parse_split(settings.split)
+    ends = [sum(shares[:i]) / sum(shares) for i in range(4)]
+    made: dict[str, SFTDataset] = {}
+    for name, share, low, high in zip(_PARTS, shares, ends, ends[1:], strict=False):
+        if share:
+            weights = settings.weights if name == "train" else None
+            part = Part(
+                name=f"the {name} part of dataset.path",
+                setting="dataset.path",
+                paths=settings.path,
+                weights=weights,
+                share=(low, high),
+            )
+            made[name] = make(part)
+    valid = {VALIDATION: made[VALIDATION]} if VALIDATION in made else {}
+    for name, path in settings.validation_paths.items():
+        setting = f"dataset.validation_paths.{name}"
+        valid[name] = make(Part(name=setting, setting=setting, paths=[path]))
+    return Datasets(train=made["train"], valid=valid, test=made.get("test"))
+
+
+def _indexed_datasets(config: ConfigContainer, tokenizer: Tokenizer) -> Datasets:
+    from mb_engine.data.indexed import build_indexed
+
+    train, valid, test = build_indexed(config, tokenizer)
+    return Datasets(train=train, valid=valid, test=test)
+
+
+def _split_of_rows(config: ConfigContainer) -> int:
+    """Return into how many parts ranks cut the tokens of a row."""
+    model = config.model
+    tp = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    return tp * model.context_parallel_size
 
 
 def _mock_datasets(

@@ -3,7 +3,9 @@
 
 A data set is any object with ``__len__`` and ``__getitem__`` that returns a dict of arrays of one
 shape a key. One that also has ``get_batch(index, epoch)``, which returns a dict of stacked arrays,
-is asked for a whole micro-batch at once; only such a data set learns the epoch.
+is asked for a whole micro-batch at once; only such a data set learns the epoch. One that also has
+``plan`` and ``get_planned`` deals the samples of each step to ranks and micro-batches itself; see
+``data.sft_dataset``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mb_engine.data.errors import DataError
-from mb_engine.data.samplers import SampleOrder, Samples, rank_positions, stream
+from mb_engine.data.samplers import (
+    Planned,
+    SampleOrder,
+    Samples,
+    planned_stream,
+    rank_positions,
+    stream,
+)
 from mb_engine.train.batch_size import BatchSizeSchedule
 
 if TYPE_CHECKING:
@@ -50,7 +59,9 @@ def batches(
 
     Returns:
         Dicts of tensors ``[micro_batch_size, ...]``, in host memory; pinned where the device is
-        CUDA and ``dataset.pin_memory`` is set, so that a copy to the device need not wait.
+        CUDA and ``dataset.pin_memory`` is set, so that a copy to the device need not wait. Of a
+        data set that plans, with ``global_samples`` and ``global_tokens``: how many samples, and
+        tokens without filling, all data-parallel ranks read as this micro-batch.
 
     Raises:
         DataError: If the data set is too small, or a batch does not divide over the ranks.
@@ -59,13 +70,17 @@ def batches(
     order = sample_order(config, len(dataset))
     if settings.dataloader_type == "single":
         _check_one_pass(config, order)
-    wanted = stream(
-        order,
-        consumed_samples=consumed_samples,
-        micro_batch_size=train.micro_batch_size,
-        global_batch_size=global_batch_size,
-        dp_rank=layout.dp_rank,
-        dp_size=layout.dp,
+    arguments: dict[str, Any] = {
+        "consumed_samples": consumed_samples,
+        "micro_batch_size": train.micro_batch_size,
+        "global_batch_size": global_batch_size,
+        "dp_rank": layout.dp_rank,
+        "dp_size": layout.dp,
+    }
+    wanted: Iterable[Samples | Planned] = (
+        planned_stream(order, dataset, **arguments)
+        if hasattr(dataset, "plan")
+        else stream(order, **arguments)
     )
     return fetch(
         dataset,
@@ -179,7 +194,11 @@ def _padded(dataset: Any, positions: Any, size: int) -> dict[str, Tensor]:
 
 
 def fetch(
-    dataset: Any, wanted: Iterable[Samples], *, num_workers: int = 0, pin_memory: bool = False
+    dataset: Any,
+    wanted: Iterable[Samples | Planned],
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the batch of each of *wanted*, in order.
 
@@ -207,12 +226,17 @@ def fetch(
     yield from loader
 
 
-def read(dataset: Any, samples: Samples) -> dict[str, Tensor]:
+def read(dataset: Any, samples: Samples | Planned) -> dict[str, Tensor]:
     """Return one batch of *dataset* as tensors ``[len(samples.index), ...]``.
 
     Raises:
         DataError: If the samples cannot be stacked.
     """
+    if isinstance(samples, Planned):
+        plan = samples.plan
+        planned = dataset.get_planned(samples.index, plan.width)
+        planned |= {"global_samples": plan.samples, "global_tokens": plan.tokens}
+        return {name: torch.as_tensor(values) for name, values in planned.items()}
     if hasattr(dataset, "get_batch"):
         stacked = dataset.get_batch(samples.index, samples.epoch)
         return {name: torch.as_tensor(values) for name, values in stacked.items()}
@@ -237,7 +261,7 @@ class _Reader(Dataset[dict[str, "Tensor"]]):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, samples: Samples) -> dict[str, Tensor]:
+    def __getitem__(self, samples: Samples | Planned) -> dict[str, Tensor]:
         return read(self.dataset, samples)
 
 

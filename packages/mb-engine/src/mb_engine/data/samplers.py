@@ -9,7 +9,7 @@ and a checkpoint needs to keep no more than the number of samples consumed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from attrs import field, frozen
@@ -19,7 +19,7 @@ from mb_engine.data import hashing
 from mb_engine.data.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -70,6 +70,36 @@ class Samples:
 
     index: NDArray[np.int64]
     epoch: NDArray[np.int64]
+
+
+@frozen(kw_only=True, eq=False)
+class StepPlan:
+    """What all ranks read as one micro-batch, where the data set decides who reads what.
+
+    Attributes:
+        index: Of each data-parallel rank: int64, which samples.
+        width: Tokens of a row.
+        samples: Of all ranks together.
+        tokens: Of these samples, without any filling.
+    """
+
+    index: Sequence[NDArray[np.int64]]
+    width: int
+    samples: int
+    tokens: int
+
+
+@frozen(kw_only=True, eq=False)
+class Planned:
+    """One rank's part of a :class:`StepPlan`.
+
+    Attributes:
+        index: Which samples.
+        plan: What it is a part of.
+    """
+
+    index: NDArray[np.int64]
+    plan: StepPlan
 
 
 @frozen(kw_only=True)
@@ -189,3 +219,36 @@ def stream(
         for row in positions - begin:
             yield Samples(ahead.index[row], ahead.epoch[row])
         consumed_samples += batch_size
+
+
+def planned_stream(
+    order: SampleOrder,
+    dataset: Any,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: Callable[[int], int],
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> Iterator[Planned]:
+    """Yield what one rank reads, where ``dataset.plan`` deals the samples of each step to the ranks.
+
+    A step has the same samples for any number of ranks; see :func:`stream` for the arguments.
+
+    Raises:
+        DataError: If a batch does not divide over the ranks.
+    """
+    while True:
+        size = global_batch_size(consumed_samples)
+        rank_positions(
+            consumed_samples,
+            size,
+            micro_batch_size=micro_batch_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+        )
+        samples = order.at(np.arange(consumed_samples, consumed_samples + size, dtype=np.int64))
+        count = size // (micro_batch_size * dp_size)
+        for plan in dataset.plan(samples.index, micro_batches=count, ranks=dp_size):
+            yield Planned(index=plan.index[dp_rank], plan=plan)
+        consumed_samples += size

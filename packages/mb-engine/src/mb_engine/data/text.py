@@ -42,7 +42,7 @@ def load_tokens(paths: Sequence[str], tokenizer: Tokenizer, *, setting: str) -> 
     rows: list[NDArray[Any]] = []
     for source in expand(paths, setting=setting):
         rows += [
-            np.array(tokenizer.encode(t), dtype=dtype) for t in _pieces(_text(source, setting))
+            np.array(tokenizer.encode(t), dtype=dtype) for t in text_pieces(_text(source, setting))
         ]
         rows.append(np.array([tokenizer.eod], dtype=dtype))
     return np.concatenate(rows)
@@ -94,8 +94,8 @@ def _text(source: str, setting: str) -> str:
     return text
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Yield *text* in pieces of about ``_PIECE`` characters that end with a line."""
+def text_pieces(text: str) -> Iterator[str]:
+    """Yield *text* in pieces of about 4 Mi characters that end with a line."""
     start = 0
     while start < len(text):
         end = start + _PIECE

@@ -11,8 +11,8 @@ import attrs
 import torch
 from attrs import define, field
 
-from mb_engine.errors import CheckpointMismatchError, EngineError
 from mb_engine.bridge.source import HubSource, shards_to_fill, source_of, with_source
+from mb_engine.errors import CheckpointMismatchError, EngineError
 from mb_engine.parallel import optimizer_state, shards
 from mb_engine.parallel.wrap import connect_schedule, unwrapped, wrap_data_parallel
 from mb_engine.precision import quantized
@@ -21,7 +21,7 @@ from mb_engine.train import state as train_state
 from mb_engine.train.objective import LanguageModelObjective
 from mb_engine.train.outcome import OptimizerStep
 from mb_engine.train.state import TrainState
-from mb_engine.train.step import MicroBatchRunner
+from mb_engine.train.step import MicroBatchRunner, counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -160,8 +160,7 @@ class Engine:
                 chunk.train()
             chunk.zero_grad_buffer()
         terms = self.runner.run(batches)
-        self._samples = sum(b["tokens"].size(0) for b in batches) * self.layout.dp
-        self._tokens = sum(b["tokens"].numel() for b in batches) * self.layout.dp
+        self._samples, self._tokens = counted(batches, self.layout.dp)
         return terms
 
     def optimizer_step(self) -> OptimizerStep:
@@ -190,8 +189,7 @@ class Engine:
 
     def skip_step(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
         """Count *batches* as consumed without training on them."""
-        self._samples = sum(b["tokens"].size(0) for b in batches) * self.layout.dp
-        self._tokens = sum(b["tokens"].numel() for b in batches) * self.layout.dp
+        self._samples, self._tokens = counted(batches, self.layout.dp)
         self._advance(skipped=True)
 
     def evaluate(self, steps: Iterable[Sequence[Mapping[str, Tensor]]]) -> LossTerms:

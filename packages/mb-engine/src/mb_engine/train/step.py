@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _LOSS = "loss"
 _PACKED = "packed_seq_params"
 _MASK = "loss_mask"
+_SAMPLES, _TOKENS = "global_samples", "global_tokens"
+_OF_THE_HOST = {BOUNDARIES, LONGEST, _SAMPLES, _TOKENS}
 
 
 @define(kw_only=True)
@@ -110,7 +112,7 @@ class MicroBatchRunner:
             {
                 k: v if v.device == device else v.to(device, non_blocking=True)
                 for k, v in batch.items()
-                if packing is None or k not in {BOUNDARIES, LONGEST}
+                if k not in _OF_THE_HOST
             },
             cp=layout.cp,
             cp_rank=layout.cp_rank,
@@ -201,6 +203,17 @@ class MicroBatchRunner:
                 torch.distributed.broadcast_object_list(names, source, group=group)
             self._metric_names = names[0] or (_LOSS,)
         return self._metric_names
+
+
+def counted(batches: Sequence[Mapping[str, Tensor]], dp: int) -> tuple[int, int]:
+    """Return how many samples and tokens all data-parallel ranks have in a step.
+
+    Where the data set has counted them (``global_samples``, ``global_tokens``), tokens that only fill
+    rows are not among them.
+    """
+    samples = [int(b[_SAMPLES]) if _SAMPLES in b else b["tokens"].size(0) * dp for b in batches]
+    tokens = [int(b[_TOKENS]) if _TOKENS in b else b["tokens"].numel() * dp for b in batches]
+    return sum(samples), sum(tokens)
 
 
 def _common_shape(batches: Sequence[Mapping[str, Tensor]]) -> tuple[int, int]:
