@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mb_config import ConfigContainer
 from mb_config.errors import UserError
 
+from mb_engine.data import command as data_command
 from mb_engine.plan import command as plan_command
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--schema", action="store_true", help="print the JSON Schema for editors")
     show.set_defaults(command=_config)
     plan_command.add_parser(commands, shared)
+    data_command.add_parser(commands, shared)
     return parser
 
 
