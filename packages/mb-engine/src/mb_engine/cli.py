@@ -15,6 +15,7 @@ from mb_config import ConfigContainer
 from mb_config.errors import UserError
 
 from mb_engine.data import command as data_command
+from mb_engine import convert_command
 from mb_engine.plan import command as plan_command
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--schema", action="store_true", help="print the JSON Schema for editors")
     show.set_defaults(command=_config)
     plan_command.add_parser(commands, shared)
+    convert_command.add_parser(commands)
     data_command.add_parser(commands, shared)
     return parser
 
