@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 INNER_BYTES = 1 << 20
 """Bytes under one crc32c; the smallest amount worth reading."""
-SHARD_BYTES = 16 << 20
-"""Bytes in one file; four are in flight while writing."""
-_IN_FLIGHT = 4
+SHARD_BYTES = 8 << 20
+"""Bytes in one file of arrays up to 4 GiB: small enough for the allocator to reuse the buffers that
+chunks are encoded into, instead of getting fresh pages for each."""
+_MOST_FILES = 512
+_LARGEST_SHARD_BYTES = 64 << 20
+_IN_FLIGHT_BYTES = 32 << 20
 
 
 @frozen
@@ -44,7 +47,8 @@ class Grid:
     def of(cls, nbytes: int, compression: int | None = None) -> Grid:
         """Return the grid for a new array of *nbytes*, not 0."""
         inner = min(INNER_BYTES, -(-nbytes // 4096) * 4096)
-        shard = inner * min(SHARD_BYTES // inner, -(-nbytes // inner))
+        wanted = min(max(SHARD_BYTES, nbytes // _MOST_FILES), _LARGEST_SHARD_BYTES)
+        shard = inner * min(max(1, wanted // inner), -(-nbytes // inner))
         return cls(nbytes, inner, shard, compression)
 
 
@@ -107,8 +111,9 @@ def write_array(kvstore: Mapping[str, Any], path: str, data: Bytes, grid: Grid) 
     """
     array = open_array(kvstore, path, array_metadata(grid))
     pending: deque[Any] = deque()
+    most = max(2, _IN_FLIGHT_BYTES // grid.shard)
     for start in range(0, len(data), grid.shard):
-        while len(pending) >= _IN_FLIGHT:
+        while len(pending) >= most:
             pending.popleft().result()
         part = slice(start, min(start + grid.shard, len(data)))
         write = array[part].write(data[part], can_reference_source_data_indefinitely=True)
