@@ -77,6 +77,25 @@ class StoreKit(ABC):
         assert store.names("a") == ["b", "y"]
         assert store.names("a/b") == ["c", "d"]
 
+    def test_lists_directories_and_all_files_below_one(self) -> None:
+        """``tree`` is two levels without files of the root, ``files`` is all levels."""
+        store = self.make_store()
+        for path in ("z", "a/y", "a/b/c", "a/b/d", "ab/c"):
+            store.publish(path, b"x")
+        store.settle("a")
+        assert store.tree() == {"a": ["b", "y"], "ab": ["c"]}
+        assert store.files("a") == ["b/c", "b/d", "y"]
+        assert store.files("none") == []
+
+    def test_a_claim_stands_until_it_is_given_back(self) -> None:
+        """Claiming makes no step, and the next writer can claim when the first one is done."""
+        store = self.make_store()
+        for _ in range(2):
+            claim = store.claim()
+            claim.check()
+            claim.release()
+        assert store.tree() == {}
+
     def test_removes_files_and_trees(self) -> None:
         """A file, a tree, or nothing; neighbours stay."""
         store = self.make_store()
