@@ -172,12 +172,23 @@ class _Walk:
             self._shard(value)
             return plain_tree.ABSENT
         if isinstance(value, Mapping):
-            below = f"{path}." if path else ""
-            items = [(k, self.visit(v, f"{below}{k}")) for k, v in value.items()]
-            return plain_tree.encode_items([(k, v) for k, v in items if v is not plain_tree.ABSENT])
+            return self._mapping(value, f"{path}." if path else "")
         if isinstance(value, (list, tuple)):
             return self._sequence(value, path)
         return self._other(value, path)
+
+    def _mapping(self, value: Mapping[Any, Any], below: str) -> Any:
+        items = []
+        for key, item in value.items():
+            path = f"{below}{key}"
+            if type(item) in _TENSORS:  # nearly always: spared the questions that others need
+                self._plain(item, path)
+                items.append((key, {"$tensor": path}))
+                continue
+            plain = self.visit(item, path)
+            if plain is not plain_tree.ABSENT:
+                items.append((key, plain))
+        return plain_tree.encode_items(items)
 
     def _tensor(self, value: Tensor, path: str) -> Any:
         if type(value) not in _TENSORS and is_dtensor(value):
@@ -250,10 +261,13 @@ class _Walk:
             raise CheckpointError(f"two tensors of the state have the key {key!r}: rename one")
         self.seen[key] = True
         spec = self.known.get(key)
-        shape = tensor.shape
-        if spec is None or spec.held != shape or spec.dtype != _NAMES[tensor.dtype]:
+        if spec is None or spec.held != tensor.shape or spec.dtype != _NAMES[tensor.dtype]:
             spec = whole(tensor, key, fixed=key in self.buffers)
-        if not _is_simple(tensor):
+        if not (
+            tensor.layout is torch.strided
+            and type(tensor) in _TENSORS
+            and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        ):
             check_storable(tensor, key)
         if spec.fixed:
             self.changing.append(len(self.specs))
@@ -270,8 +284,7 @@ class _Walk:
         spec = self.known.get(identity)
         if spec is None or spec.held != data.shape or spec.dtype != _NAMES[data.dtype]:
             spec = _of_shard(shard)
-        if not _is_simple(data):
-            check_storable(data, shard.key)
+        check_storable(data, shard.key)
         self.seen.setdefault(shard.key, False)
         if self.seen[shard.key]:
             raise CheckpointError(
@@ -346,15 +359,6 @@ def _boxes(shard: TensorShard) -> tuple[tuple[Box, ...], tuple[int, ...]]:
         for part in flat_boxes(local, start, stop)
     )
     return boxes, (stop - start,)
-
-
-def _is_simple(data: Tensor) -> bool:
-    """Return whether nothing can be wrong with *data*; quicker than finding out what is."""
-    return (
-        type(data) in _TENSORS
-        and data.layout is torch.strided
-        and not (data.is_meta or data.is_quantized or data.is_conj() or data.is_neg())
-    )
 
 
 def check_storable(data: Tensor, key: str) -> None:
