@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -18,57 +20,71 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "convert", help="convert between Hugging Face folders and checkpoints"
     )
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
-    debug = argparse.ArgumentParser(add_help=False)
-    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    bring = kinds.add_parser("import", parents=[debug], help="a folder into step 0 of a checkpoint")
-    bring.add_argument("folder", help="with config.json and safetensors files")
-    bring.add_argument("save", help="folder or URL of the checkpoint")
-    bring.set_defaults(command=_import)
-
-    take = kinds.add_parser("export", parents=[debug], help="a checkpoint into a folder")
-    take.add_argument("checkpoint", help="folder or URL")
-    take.add_argument("folder", help="made if it is not there")
-    take.add_argument("--step", type=int, default=None, help="default: the newest")
-    take.add_argument(
-        "--dtype", choices=DTYPES, default=None, help="of a model that was trained from scratch"
+    parser.add_argument(
+        "what",
+        choices=("import", "export", "config"),
+        help="a folder into step 0 of a checkpoint; a checkpoint into a folder; or print the"
+        " configuration of a folder",
     )
-    take.add_argument("--family", default=None, help="of such a model; default: the one that fits")
-    take.set_defaults(command=_export)
+    parser.add_argument("source", help="folder, or checkpoint to export")
+    parser.add_argument("target", nargs="?", help="checkpoint, or folder to export to")
+    parser.add_argument("--step", type=int, default=None, help="export: default: the newest")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=None,
+        help="export: of a model that was trained from scratch; default: that of its parameters",
+    )
+    parser.add_argument(
+        "--family", default=None, help="export: of such a model; default: the one that fits"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=_convert)
 
-    show = kinds.add_parser("config", parents=[debug], help="print the configuration of a folder")
-    show.add_argument("folder", help="with config.json")
-    show.set_defaults(command=_config)
 
+def _convert(arguments: argparse.Namespace) -> int:
+    from mb_engine.errors import EngineError
 
-def _import(arguments: argparse.Namespace) -> int:
-    from mb_engine.bridge import import_hf
-
-    config = import_hf(arguments.folder, arguments.save)
-    print(f"{arguments.save}: step 0, {config.model.num_layers} layers")  # noqa: T201
+    wants_target = arguments.what != "config"
+    if wants_target != (arguments.target is not None):
+        does = "needs a target" if wants_target else "takes no target"
+        raise EngineError(f"convert {arguments.what}: {does}; see mb-train convert --help")
+    only_export = [name for name in ("step", "dtype", "family") if _given(arguments, name)]
+    if only_export and arguments.what != "export":
+        raise EngineError(
+            f"--{only_export[0]}: is for convert export, not for {arguments.what}; leave it out"
+        )
+    {"import": _import, "export": _export, "config": _config}[arguments.what](arguments)
     return 0
 
 
-def _export(arguments: argparse.Namespace) -> int:
+def _given(arguments: argparse.Namespace, name: str) -> bool:
+    return getattr(arguments, name) is not None
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from mb_engine.bridge import import_hf
+
+    config = import_hf(arguments.source, arguments.target)
+    print(f"{arguments.target}: step 0, {config.model.num_layers} layers")  # noqa: T201
+
+
+def _export(arguments: argparse.Namespace) -> None:
     import torch
 
     from mb_engine.bridge import export_hf
 
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     export_hf(
-        arguments.checkpoint,
-        arguments.folder,
+        arguments.source,
+        arguments.target,
         step=arguments.step,
-        dtype=dtype,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         family=arguments.family,
     )
-    print(f"{arguments.folder}: written")  # noqa: T201
-    return 0
+    print(f"{arguments.target}: written")  # noqa: T201
 
 
-def _config(arguments: argparse.Namespace) -> int:
+def _config(arguments: argparse.Namespace) -> None:
     from mb_engine.bridge import config_from_hf
 
-    print(config_from_hf(arguments.folder).to_yaml())  # noqa: T201
-    return 0
+    print(config_from_hf(arguments.source).to_yaml())  # noqa: T201

@@ -310,6 +310,10 @@ def test_the_command_converts_both_ways(folder, tmp_path, capsys):
     assert "holds no complete step 7; there are 0" in capsys.readouterr().err
     assert main(["convert", "config", str(folder)]) == 0
     assert "num_layers: 2" in capsys.readouterr().out
+    assert main(["convert", "config", str(folder), "there"]) == 2
+    assert "convert config: takes no target" in capsys.readouterr().err
+    assert main(["convert", "import", str(folder), checkpoint, "--dtype=float16"]) == 2
+    assert "--dtype: is for convert export" in capsys.readouterr().err
 
 
 def test_an_empty_folder_holds_no_checkpoint(tmp_path):
