@@ -139,8 +139,11 @@ def check_pip(words: list[str]) -> None:
 def check_script(program: str, words: list[str]) -> None:
     module, function = SCRIPTS[program].split(":")
     call = f"import sys, {module} as m; sys.argv[0] = {program!r}; sys.exit(m.{function}())"
-    command = [sys.executable, "-c", call, *words[:1], "--help"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    for depth in (1, 2):
+        command = [sys.executable, "-c", call, *words[:depth], "--help"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if "ACTION" not in run.stdout:  # a command with commands of its own
+            break
     assert run.returncode == 0, f"{program} {words[0]} does not exist: {run.stderr}"
     for option in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
         assert option in run.stdout, f"{program} {words[0]} has no option {option}"
