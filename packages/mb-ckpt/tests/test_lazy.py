@@ -123,6 +123,27 @@ def test_a_copy_that_fails_is_reported_and_the_next_save_succeeds(tmp_path, monk
             assert store.steps() == [2]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("writer", ["thread", "process"])
+@pytest.mark.parametrize("staging", ["lazy", "eager"])
+def test_on_cuda_what_is_queued_after_the_fence_does_not_change_what_is_saved(
+    tmp_path, writer, staging
+):
+    tensors = {f"t{i}": torch.zeros(1 << 20, device="cuda") for i in range(16)}
+    with CheckpointStore(tmp_path, staging=staging, writer=writer) as store:
+        for step in range(1, 6):
+            for i, tensor in enumerate(tensors.values()):
+                tensor.fill_(step + i / 16)
+            handle = store.save(step, tensors)
+            handle.wait_staged()
+            for tensor in tensors.values():
+                tensor.fill_(-1)
+        for step in range(1, 6):
+            store.load(tensors, step)
+            assert all((t == step + i / 16).all() for i, t in enumerate(tensors.values()))
+
+
 def test_an_unchanged_structure_is_planned_once(monkeypatch, tmp_path):
     from mb_ckpt import planning
 
