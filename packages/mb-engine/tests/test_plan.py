@@ -156,13 +156,9 @@ class TestPlan:
         ("overrides", "field"),
         [
             (["peft.type=lora"], "peft"),
-            (["model.mtp_num_layers=1"], r"model\.mtp_num_layers"),
-            (["model.multi_latent_attention=true", "model.num_query_groups=null"], r"model\.multi_latent_attention"),
             (["model.megatron={softmax_type: learnable}"], r"model\.megatron\.softmax_type"),
             (["mixed_precision=bf16_with_fp8_current_scaling_mixed", "dist.device=auto"],
              r"mixed_precision\.fp8"),
-            (["model.attn_logit_softcapping=50.0"], r"model\.attn_logit_softcapping"),
-            (["ddp.use_megatron_fsdp=true"], r"ddp\."),
         ],
     )  # fmt: skip
     def test_refuses_what_it_does_not_model(self, overrides, field):

@@ -48,7 +48,58 @@ GPT2 = [
 ]
 WIDE = ["model.hidden_size=128", "model.num_attention_heads=8", "model.ffn_hidden_size=320"]
 
+LATENT = [
+    "model.num_query_groups=null",
+    "model.multi_latent_attention=true",
+    "model.q_lora_rank=32",
+    "model.kv_lora_rank=16",
+    "model.qk_head_dim=16",
+    "model.qk_pos_emb_head_dim=8",
+    "model.v_head_dim=16",
+]
+BF16 = ["mixed_precision=bf16_mixed"]
+AHEAD = ["model.mtp_num_layers=1"]
+
 CASES = {
+    "MLA": (1, LATENT),
+    "MLA, values as wide as keys": (1, [*LATENT, "model.v_head_dim=24"]),
+    "MLA with norms, bf16": (1, [*LATENT, *BF16, "model.qk_layernorm=true"]),
+    "MLA with norms, queries not compressed": (
+        1,
+        [*LATENT, "model.q_lora_rank=null", "model.qk_layernorm=true"],
+    ),
+    "MTP": (1, AHEAD),
+    "two MTP layers, bf16": (1, ["model.mtp_num_layers=2", *BF16]),
+    "MTP, full": (1, [*AHEAD, *FULL]),
+    "soft-capping": (
+        1,
+        ["model.attn_logit_softcapping=50.0", "model.final_logit_softcapping=30.0"],
+    ),
+    "Gemma 2, bf16": (
+        1,
+        [*BF16, "model.final_logit_softcapping=30.0", "model.normalize_branch_outputs=true"],
+    ),
+    "residuals in float32": (1, [*BF16, "model.fp32_residual_connection=true"]),
+    "MoE, gated shared expert": (
+        1,
+        [*MOE, "model.moe_shared_expert_intermediate_size=64", "model.moe_shared_expert_gate=true"],
+    ),
+    "MoE, half the capacity, padded": (
+        1,
+        [
+            *MOE,
+            "model.moe_expert_capacity_factor=0.5",
+            "model.moe_pad_expert_input_to_capacity=true",
+        ],
+    ),
+    "MLA, TP2 + SP": (2, [*LATENT, *TP2, "model.sequence_parallel=true"]),
+    "MLA, CP2, ring": (2, [*LATENT, "model.context_parallel_size=2"]),
+    "MLA, CP2, all-gather": (
+        2,
+        [*LATENT, "model.context_parallel_size=2", "model.cp_comm_type=all_gather"],
+    ),
+    "MTP, PP2": (2, [*AHEAD, *PP2]),
+    "MTP, TP2 + SP": (2, [*AHEAD, *TP2, "model.sequence_parallel=true"]),
     "GQA, gated": (1, []),
     "wider, longer": (1, [*WIDE, "model.seq_length=128"]),
     "micro-batches of 4": (1, ["train.micro_batch_size=4"]),

@@ -12,13 +12,14 @@ operations that these layers use.
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from attrs import frozen
 from mb_config.pipeline import stage_chunks
 
 from mb_engine.plan import te_activations, torch_activations
 from mb_engine.plan.layout import expert_layers, windowed_layers
+from mb_engine.plan.memory import BYTES
 from mb_engine.plan.saved import Saved
 from mb_engine.plan.sizes import Sizes
 
@@ -113,11 +114,7 @@ def chunk_activations(
     for index in held.layers:
         kind = kinds[index], windowed[index]
         if kind not in halves:
-            first = layers_of.attention_half(
-                config, degrees, sizes, windowed=kind[1], device=device
-            )
-            second = layers_of.mlp_half(config, degrees, sizes, experts=kind[0], device=device)
-            halves[kind] = list(first), list(second)
+            halves[kind] = _halves(layers_of, config, degrees, sizes, kind=kind, device=device)
         layers.append(halves[kind])
     segments: list[Segment] = []
     parts: dict[str, float] = {}
@@ -126,12 +123,65 @@ def chunk_activations(
         segments.append(Segment(kept=_total(found)))
         _add(parts, found)
     segments += _layer_segments(config, sizes, degrees, layers, parts)
+    if held.mtp:
+        kind = kinds[-1], windowed[-1]
+        if kind not in halves:
+            halves[kind] = _halves(layers_of, config, degrees, sizes, kind=kind, device=device)
+        ahead = list(_ahead(config, sizes, device=device))
+        segments += _segments_ahead(config, sizes, ahead, halves[kind], count=held.mtp, parts=parts)
     if held.loss:
         found = list(head(config, degrees, sizes, device=device))
         segments.append(Segment(kept=_total(found)))
         _add(parts, found)
     shared = torch_activations.rotary_table(config, sizes) if spec == "torch" and layers else 0.0
     return ChunkActivations(segments=tuple(segments), shared=shared, by_part=parts)
+
+
+def _halves(
+    layers_of: Any,
+    config: ConfigContainer,
+    degrees: Degrees,
+    sizes: Sizes,
+    *,
+    kind: tuple[bool, bool],
+    device: DeviceType,
+) -> _Layer:
+    """Return what both halves of a layer keep that is of *kind*: with experts, with a window."""
+    first = layers_of.attention_half(config, degrees, sizes, windowed=kind[1], device=device)
+    second = layers_of.mlp_half(config, degrees, sizes, experts=kind[0], device=device)
+    return list(first), list(second)
+
+
+def _ahead(config: ConfigContainer, sizes: Sizes, *, device: DeviceType) -> Iterable[Saved]:
+    """Yield what a layer that predicts further ahead keeps beside its transformer layer."""
+    yield Saved("shifted token ids", "ahead", sizes.tokens * 8)
+    for _ in ("of the embedding", "of the states", "at the end"):
+        for saved in torch_activations.norm(config, sizes, device=device):
+            yield Saved(saved.name, "ahead", saved.size)
+    yield Saved("embedding beside states", "ahead", 2 * sizes.spread_hidden)
+
+
+def _segments_ahead(
+    config: ConfigContainer,
+    sizes: Sizes,
+    ahead: list[Saved],
+    layer: _Layer,
+    *,
+    count: int,
+    parts: dict[str, float],
+) -> list[Segment]:
+    """Return the segments of *count* layers that predict further ahead."""
+    if config.recompute.recompute_granularity == "full":
+        inputs = [Saved("inputs of a layer ahead", "recomputed", 2 * sizes.spread_hidden)]
+        again = _total(ahead) + sum(_total(half) for half in layer)
+        _add(parts, inputs * count)
+        return [Segment(kept=_total(inputs), again=again)] * count
+    segments = []
+    for _ in range(count):
+        _add(parts, ahead)
+        segments.append(Segment(kept=_total(ahead)))
+        segments += _selected(config, sizes, layer, parts)
+    return segments
 
 
 def embedding(
@@ -151,15 +201,21 @@ def head(
     """Yield what the final norm, the output layer and the loss keep."""
     model = config.model
     yield from torch_activations.norm(config, sizes, device=device)
-    yield Saved("output layer input", "head", sizes.spread_hidden)
+    # The states of predictions ahead lie behind those of the model.
+    heads = 1 + (model.mtp_num_layers or 0)
+    yield Saved("output layer input", "head", sizes.spread_hidden * heads)
     fused = model.cross_entropy_loss_fusion and model.cross_entropy_fusion_impl == "te"
     # The loss keeps probabilities in float32; Transformer Engine's writes the gradient in place.
     element = sizes.element if fused else 4
     vocabulary = (model.padded_vocab_size or 0) // degrees.tp
-    yield Saved("log-probabilities", "head", sizes.tokens * vocabulary * element)
+    logits = sizes.tokens * vocabulary
+    yield Saved("log-probabilities", "head", heads * logits * element)
+    if model.final_logit_softcapping:
+        yield Saved("capped logits", "head", heads * logits * sizes.element)
     in_parts = degrees.tp > 1 or device == "cuda"
-    yield Saved("labels", "head", sizes.tokens * (9 if in_parts else 8))
-    yield Saved("loss mask", "head", sizes.tokens * 4)
+    yield Saved("labels", "head", heads * sizes.tokens * (9 if in_parts else 8))
+    # Predictions ahead keep the weights of their losses as well.
+    yield Saved("loss mask", "head", (2 * heads - 1) * sizes.tokens * 4)
 
 
 def dropout_mask(activation: float, sizes: Sizes, device: DeviceType) -> float:
@@ -177,11 +233,22 @@ def _layer_segments(
     recompute = config.recompute
     if recompute.recompute_granularity == "full":
         return _fully_recomputed(config, sizes, degrees, layers, parts)
+    segments = []
+    for layer in layers:
+        segments += _selected(config, sizes, layer, parts)
+    return segments
+
+
+def _selected(
+    config: ConfigContainer, sizes: Sizes, layer: _Layer, parts: dict[str, float]
+) -> list[Segment]:
+    """Return the segments of one layer, less the modules that are recomputed."""
+    recompute = config.recompute
     modules: tuple[str, ...] = ()
     if recompute.recompute_granularity == "selective":
         modules = tuple(recompute.recompute_modules or ("core_attn",))
     segments = []
-    for found in chain.from_iterable(layers):
+    for found in layer:
         kept, again = _without(found, modules, sizes)
         _add(parts, kept)
         segments.append(Segment(kept=_total(kept), again=again))
@@ -199,6 +266,8 @@ def _fully_recomputed(
     recompute = config.recompute
     group = recompute.recompute_num_layers or 1
     saved_input = sizes.spread_hidden
+    if config.model.fp32_residual_connection:
+        saved_input = saved_input // sizes.element * BYTES["float32"]
     if recompute.distribute_saved_activations:
         saved_input //= degrees.tp
     segments = []

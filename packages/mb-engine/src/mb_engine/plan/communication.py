@@ -175,7 +175,7 @@ def _context_parallel(
         return
     kind = exchange(model)
     forwards = 2 if recomputed else 1
-    keys_and_values = 2.0 * sizes.key
+    keys_and_values = float(sizes.key + sizes.value)
     if kind == "all_gather":
         # Transformer Engine gathers again for the backward pass.
         gathers = forwards + (1 if spec == "te" else 0)
@@ -184,9 +184,10 @@ def _context_parallel(
         return
     by_heads, ring = _levels(model, kind, cp)
     if by_heads > 1:
-        all_of_it = 2 * sizes.query + keys_and_values
+        all_of_it = sizes.query + sizes.attended + keys_and_values
         yield "cp", "cp_all_to_all", ring_share(by_heads) * all_of_it * (forwards + 1)
     if ring > 1:
+        keys_and_values = 2.0 * sizes.key  # values are as wide as keys on the way
         # Backward, keys and values go round once more, and their gradients all the way home; the
         # torch layers sum these in float32.
         gradients = keys_and_values * (BYTES["float32"] / sizes.element if spec == "torch" else 1)
@@ -233,6 +234,8 @@ def _of_step(
 ) -> Iterator[tuple[str, str, float]]:
     """Yield what gradients and parameters send once a step."""
     gradient = gradient_bytes(config)
+    if state.sharded:
+        yield from _sharded(config, state)
     for axis, buffers, ranks in (
         ("dp", state.dense, state.dense_replicas),
         ("edp", state.expert, state.expert_replicas),
@@ -246,6 +249,21 @@ def _of_step(
     tied = sum(p.size for p in parameters if p.tied)
     # Between the first and the last stage alone.
     yield "pp", "tied_embedding", 2 * ring_share(2) * tied * gradient
+
+
+def _sharded(config: ConfigContainer, state: StageState) -> Iterator[tuple[str, str, float]]:
+    """Yield what Megatron-FSDP sends: parameters of layers as they are needed, gradients."""
+    strategy = config.ddp.data_parallel_sharding_strategy
+    count = config.train.num_microbatches or 1
+    again = 1 if config.recompute.recompute_granularity == "full" else 0
+    for buffer in state.sharded:
+        axis = "edp" if buffer.expert else "dp"
+        share = ring_share(buffer.replicas) * buffer.elements
+        # Gathered for the forward and for the backward pass, or once after the optimizer's step.
+        gathers = count * (2 + again) if strategy == "optim_grads_params" and buffer.unit else 1
+        scatters = 1 if strategy == "optim" else count
+        yield axis, f"{axis}_gradient_reduce_scatter", share * scatters * gradient_bytes(config)
+        yield axis, f"{axis}_parameter_all_gather", share * gathers * parameter_bytes(config)
 
 
 def _replicas(

@@ -33,21 +33,27 @@ def forward_flops_by_stage(model: ModelConfig) -> list[float]:
     by_kind = {
         kind: forward_flops_per_token(_with_layers(model, [kind])) - output for kind in set(kinds)
     }
+    ahead = 0.0
+    if model.mtp_num_layers:
+        whole = forward_flops_per_token(_with_layers(model, [kinds[-1]], ahead=1))
+        ahead = whole - forward_flops_per_token(_with_layers(model, [kinds[-1]]))
     stages = []
     for chunks in stage_chunks(model):
         total = 0.0
         for held in chunks:
             total += sum(by_kind[kinds[index]] for index in held.layers)
+            total += held.mtp * ahead
             if held.loss:
                 total += output
         stages.append(total)
     return stages
 
 
-def _with_layers(model: ModelConfig, kinds: list[bool]) -> ModelConfig:
-    """Return *model* with these layers alone, and the output layer."""
+def _with_layers(model: ModelConfig, kinds: list[bool], *, ahead: int = 0) -> ModelConfig:
+    """Return *model* with these layers alone, the output layer, and *ahead* predictions ahead."""
     changed = copy.copy(model)
     changed.moe_layer_freq = [int(kind) for kind in kinds]
     changed.num_layers = len(kinds)
+    changed.mtp_num_layers = ahead or None
     changed.cp_comm_type = changed.window_attn_skip_freq = None
     return changed

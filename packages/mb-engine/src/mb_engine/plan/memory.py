@@ -16,6 +16,7 @@ from mb_config.pipeline import stage_chunks
 
 from mb_engine.plan.buffers import GradientBuffer, gradient_buffer
 from mb_engine.plan.parameters import chunk_parameters
+from mb_engine.plan.sharded import ShardedBuffer, sharded_buffers
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
@@ -65,6 +66,7 @@ class StageState:
         expert: Gradient buffers reduced over expert-data-parallel ranks.
         dense_replicas: Ranks that share the state of *dense*.
         expert_replicas: Ranks that share the state of *expert*.
+        sharded: Megatron-FSDP's buffers, in place of *dense* and *expert*.
     """
 
     parameters: tuple[tuple[Parameter, ...], ...]
@@ -72,6 +74,7 @@ class StageState:
     expert: tuple[GradientBuffer, ...]
     dense_replicas: int
     expert_replicas: int
+    sharded: tuple[ShardedBuffer, ...] = ()
 
     def parts(self, place: Place) -> tuple[int, int]:
         """Return which part of the dense and of the expert state the rank at *place* owns."""
@@ -95,9 +98,19 @@ def stage_state(
     chunks: list[tuple[Parameter, ...]] = []
     dense: list[GradientBuffer] = []
     expert: list[GradientBuffer] = []
+    sharded: list[ShardedBuffer] = []
     for chunk, held in enumerate(stage_chunks(config.model)[pp_rank]):
         found = tuple(chunk_parameters(config.model, degrees, held, spec=spec))
         chunks.append(found)
+        if config.ddp.use_megatron_fsdp:
+            sharded += sharded_buffers(
+                found,
+                replicas=replicas,
+                expert_replicas=expert_replicas,
+                by_layer=config.ddp.data_parallel_sharding_strategy == "optim_grads_params",
+                bucket_size=config.ddp.bucket_size,
+            )
+            continue
         for wanted, shared_by, buffers in (
             (False, replicas, dense),
             (True, expert_replicas, expert),
@@ -119,6 +132,7 @@ def stage_state(
         expert=tuple(expert),
         dense_replicas=replicas,
         expert_replicas=expert_replicas,
+        sharded=tuple(sharded),
     )
 
 
@@ -130,6 +144,8 @@ def state_memory(config: ConfigContainer, state: StageState, parts: tuple[int, i
         state: Of the rank's stage.
         parts: From :meth:`StageState.parts`.
     """
+    if state.sharded:
+        return _sharded_memory(config, state, parts)
     distributed = bool(config.ddp.use_distributed_optimizer)
     parameter, gradient = parameter_bytes(config), gradient_bytes(config)
     buffers = (*state.dense, *state.expert)
@@ -145,6 +161,35 @@ def state_memory(config: ConfigContainer, state: StageState, parts: tuple[int, i
         gradient_bytes=elements * gradient,
         optimizer_bytes=owned * optimizer_bytes_per_element(config),
         padding_bytes=padding * (gradient + (parameter if distributed else 0)),
+    )
+
+
+def _sharded_memory(
+    config: ConfigContainer, state: StageState, parts: tuple[int, int]
+) -> StateMemory:
+    """Return what a rank holds with Megatron-FSDP, outside of the layers that it gathers."""
+    strategy = config.ddp.data_parallel_sharding_strategy
+    parameter, gradient = parameter_bytes(config), gradient_bytes(config)
+    main = BYTES["float32"] if parameter < BYTES["float32"] else 0
+    moments = optimizer_bytes_per_element(config) - main
+    held = {"parameters": 0, "gradients": 0, "owned": 0, "padding": 0}
+    for buffer in state.sharded:
+        mine, share = buffer.owned(parts[buffer.expert]), buffer.elements // buffer.replicas
+        held["owned"] += mine
+        held["padding"] += (share - mine) * main
+        for name, element, spread in (
+            ("parameters", parameter, strategy == "optim_grads_params"),
+            ("gradients", gradient, strategy in {"optim_grads", "optim_grads_params"}),
+        ):
+            used = mine if spread else buffer.used
+            held[name] += used
+            held["padding"] += ((share if spread else buffer.elements) - used) * element
+    return StateMemory(
+        parameters=held["parameters"],
+        parameter_bytes=held["parameters"] * parameter,
+        gradient_bytes=held["gradients"] * gradient,
+        optimizer_bytes=held["owned"] * (main + moments),
+        padding_bytes=held["padding"],
     )
 
 

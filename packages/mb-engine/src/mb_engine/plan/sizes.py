@@ -11,6 +11,7 @@ from mb_engine.plan.memory import parameter_bytes
 
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
+    from mb_config.sections.model import ModelConfig
 
     from mb_engine.plan.layout import Degrees
 
@@ -26,7 +27,9 @@ class Sizes:
         hidden: Bytes of the residual stream of all *tokens*.
         spread_hidden: Bytes of the residual stream as sequence parallelism splits it.
         query: Bytes of this rank's queries of all *tokens*.
-        key: Bytes of this rank's keys, which is that of its values.
+        key: Bytes of this rank's keys.
+        value: Bytes of this rank's values.
+        attended: Bytes of what attention returns on this rank.
         routed_tokens: Rows that this rank's experts get, with evenly chosen experts.
         element: Bytes of an activation element.
     """
@@ -38,6 +41,8 @@ class Sizes:
     spread_hidden: int
     query: int
     key: int
+    value: int
+    attended: int
     routed_tokens: int
     element: int
 
@@ -48,16 +53,34 @@ class Sizes:
         length = model.seq_length // degrees.cp
         tokens = length * config.train.micro_batch_size
         spread = tokens // degrees.tp if model.sequence_parallel else tokens
-        head = (model.kv_channels or 0) * element
+        head = value = (model.kv_channels or 0) * element
+        heads = model.num_attention_heads // degrees.tp
         groups = max(1, (model.num_query_groups or 0) // degrees.tp)
+        if model.multi_latent_attention:
+            head = (model.qk_head_dim + model.qk_pos_emb_head_dim) * element
+            value, groups = model.v_head_dim * element, heads
         return cls(
             tokens=tokens,
             spread_tokens=spread,
             length=length,
             hidden=tokens * model.hidden_size * element,
             spread_hidden=spread * model.hidden_size * element,
-            query=tokens * model.num_attention_heads // degrees.tp * head,
+            query=tokens * heads * head,
             key=tokens * groups * head,
-            routed_tokens=spread * model.moe_router_topk * degrees.etp,
+            value=tokens * groups * value,
+            attended=tokens * heads * value,
+            routed_tokens=_routed_tokens(model, spread * degrees.etp),
             element=element,
         )
+
+
+def _routed_tokens(model: ModelConfig, tokens: int) -> int:
+    """Return the rows of all experts of a rank together, where they are chosen evenly.
+
+    What is over an expert's capacity is dropped; with padding each expert gets its capacity.
+    """
+    routed = tokens * model.moe_router_topk
+    capacity = model.moe_expert_capacity_factor
+    if capacity is None or capacity < 0:
+        return routed
+    return int(routed * (capacity if model.moe_pad_expert_input_to_capacity else min(1, capacity)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mb_engine.plan.latent_activations import latent_attention
 from mb_engine.plan.layout import exchange
 from mb_engine.plan.saved import Saved
 from mb_engine.plan.torch_activations import inner_copies, norm, routed_experts
@@ -40,7 +41,10 @@ def attention_half(
     # LayerNormLinear keeps the norm's input and output, both split by sequence parallelism.
     yield from norm(config, sizes, device=device)
     yield Saved("input of the projection", "norm_output", sizes.spread_hidden)
-    yield from _attention(config, degrees, sizes)
+    if config.model.multi_latent_attention:
+        yield from latent_attention(config, degrees, sizes, spec="te", device=device)
+    else:
+        yield from _attention(config, degrees, sizes)
     yield from _dropout(config, sizes)
 
 

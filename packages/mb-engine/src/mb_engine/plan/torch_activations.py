@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mb_engine.plan.latent_activations import latent_attention
 from mb_engine.plan.layout import exchange
 from mb_engine.plan.saved import Saved
 
@@ -40,7 +41,11 @@ def attention_half(
     """
     yield from norm(config, sizes, device=device)
     yield Saved("input of the projection", "norm_output", sizes.spread_hidden)
-    yield from _attention(config, degrees, sizes, windowed=windowed, device=device)
+    if config.model.multi_latent_attention:
+        yield from latent_attention(config, degrees, sizes, spec="torch", device=device)
+    else:
+        yield from _attention(config, degrees, sizes, windowed=windowed, device=device)
+    yield from branch_norm(config, sizes, device=device)
     yield from _dropout(config, sizes, device=device)
 
 
@@ -64,6 +69,7 @@ def mlp_half(
     else:
         width = sizes.tokens * (model.ffn_hidden_size or 0) // degrees.tp * sizes.element
         yield Saved("inner activations", "mlp", width * inner_copies(model))
+        yield from branch_norm(config, sizes, device=device)
     yield from _dropout(config, sizes, device=device)
 
 
@@ -71,6 +77,8 @@ def norm(config: ConfigContainer, sizes: Sizes, *, device: str) -> Iterator[Save
     """Yield what a norm of the residual stream keeps: its input or that normalized, and its scale."""
     model = config.model
     size, statistic = sizes.spread_hidden, sizes.spread_tokens * _FLOAT
+    if model.fp32_residual_connection and device == "cuda":
+        size = size // sizes.element * _FLOAT
     if model.normalization == "LayerNorm":
         yield Saved("norm input, mean and deviation", "norm", size + 2 * statistic)
     elif device == "cpu" and sizes.element < _FLOAT:
@@ -80,9 +88,16 @@ def norm(config: ConfigContainer, sizes: Sizes, *, device: str) -> Iterator[Save
         yield Saved("norm", "norm", size + statistic)
 
 
+def branch_norm(config: ConfigContainer, sizes: Sizes, *, device: str) -> Iterator[Saved]:
+    """Yield what the norm at the end of a branch keeps, where there is one."""
+    if config.model.normalize_branch_outputs:
+        for saved in norm(config, sizes, device=device):
+            yield Saved("norm of the branch", "branch", saved.size)
+
+
 def rotary_table(config: ConfigContainer, sizes: Sizes) -> float:
     """Return the bytes of angles, cosine and sine that all layers share."""
-    if config.model.position_embedding_type != "rope":
+    if config.model.position_embedding_type != "rope" or config.model.multi_latent_attention:
         return 0.0
     rotated = sizes.length * (config.model.kv_channels or 0) * config.model.rotary_percent
     tables = 2 * rotated * sizes.element if _is_usual(config) else 0.0
@@ -213,6 +228,9 @@ def routed_experts(
         copies = inner_copies(model) + (1 if model.gated_linear_unit and not fused else 0)
         copies = 3 if fused and model.gated_linear_unit else copies
         yield Saved("shared expert", "shared", size * copies)
+        if model.moe_shared_expert_gate:
+            gated = sizes.spread_hidden + sizes.spread_tokens * sizes.element
+            yield Saved("shared expert's gate", "shared", gated)
 
 
 def _routing_bytes(model: ModelConfig, degrees: Degrees, sizes: Sizes) -> float:
