@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from mb_config import TokenizerConfig
 
-_BLOCK = 8 << 20  # bytes of a block of lines
+_BLOCK, _LARGEST = 1 << 20, 64 << 20  # bytes of a block of lines: of a small file, of a large one
 _TOGETHER = 256  # documents that a tokenizer is given at once
 INDEX_HEADER = b"MMIDIDX\x00\x00"  # of megatron-core's .idx files, with version 1
 _CODES = {"uint16": 8, "int32": 4}  # of element types there
@@ -295,11 +295,12 @@ def _blocks(path: str) -> Iterator[_Block]:
 
 
 def _lines(path: str, size: int) -> Iterator[_Block]:
-    """Yield blocks of whole lines."""
+    """Yield blocks of whole lines, some hundred a file, so that all processes end together."""
+    block = max(_BLOCK, min(size >> 8, _LARGEST))
     with Path(path).open("rb") as file:
         begin = 0
         while begin < size:
-            file.seek(min(begin + _BLOCK, size) - 1)
+            file.seek(min(begin + block, size) - 1)
             file.readline()
             end = file.tell()
             yield _Block(path=path, begin=begin, end=end, kind="lines", size=end - begin)
