@@ -74,6 +74,7 @@ CASES = {
     ),
     "qwen3_moe fused": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True, "head_dim": 16}),
 }
+SAVED = ("llama tied, stretched", "gemma3", "qwen2_moe")
 LAYOUTS = {
     "TP1": [],
     "TP2": ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"],
@@ -158,6 +159,7 @@ def settings_of(folder, layout):
 
 def import_and_export(root, names):
     """Import each case in each layout; return the worst errors, and write each back."""
+    from mb_engine import compose
     from mb_engine.bridge import export_model, load_hf
     from mb_engine.train.engine import Engine
 
@@ -166,12 +168,18 @@ def import_and_export(root, names):
         folder = Path(root) / case
         expected = torch.load(folder / "logits.pt")[:, (7, LENGTH - 1)].flatten(0, 1)
         for layout in layouts:
-            engine = Engine.from_config(settings_of(folder, LAYOUTS[layout]))
+            save = Path(root) / f"{case} checkpoint of {layout}"
+            changes = [f"checkpoint.save={save}", "checkpoint.save_optim=false"]
+            engine = Engine.from_config(settings_of(folder, [*LAYOUTS[layout], *changes]))
             try:
                 load_hf(engine, folder)
                 with engine.eval_mode():
                     found = whole_logits(engine)
                 export_model(engine, Path(root) / f"{case} from {layout}")
+                if case in SAVED:
+                    own, _ = compose.checkpointers_of(engine.config, engine.layout)
+                    engine.save(own).result()
+                    own.close()
             finally:
                 engine.close()
             worst[case, layout] = float((found - expected).abs().max() / expected.abs().max())
@@ -223,6 +231,16 @@ def assert_same_files(there, here):
     assert sorted(path.name for path in here.iterdir()) == names
     for name in names:
         assert (here / name).read_bytes() == (there / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_checkpoints_of_every_layout_are_exported(case, models, imported, tmp_path):
+    from mb_engine.bridge import export_hf
+
+    for name, layout in imported:
+        if name == case:
+            export_hf(models / f"{case} checkpoint of {layout}", tmp_path / layout)
+            assert_same_files(models / case, tmp_path / layout)
 
 
 @pytest.mark.parametrize("case", CASES)
