@@ -321,3 +321,44 @@ class TestRows:
             for b in step
         )
         assert learnt == sum(s["loss_tokens"] for s in data.store.report["sources"])
+
+
+def pretrain_on(path, packing, overrides):
+    from mb_engine import pretrain
+
+    config = config_of(
+        path, packing, "dataset.split='70,30,0'", "validation.eval_interval=2", *overrides
+    )
+    result = pretrain(config)
+    event = result.evaluations["validation"]
+    return result.state.consumed_samples, result.state.consumed_tokens, event.num_tokens, event.loss
+
+
+def pretrain_all(path, cases):
+    return [pretrain_on(path, *case) for case in cases]
+
+
+class TestWholeRuns:
+    def test_train_and_evaluate_on_two_ranks(self, path):
+        cases = [
+            ("none", ["train.global_batch_size=4"]),
+            ("in_batch", ["train.global_batch_size=4", "train.micro_batch_size=2"]),
+            ("offline", ["train.global_batch_size=2"]),
+        ]
+        found = run_ranks(pretrain_all, 2, str(path), cases)
+        assert found[0] == found[1]
+        data = build_datasets(
+            resolved(
+                path, "none", "dataset.split='70,30,0'", *EACH[1:], "train.global_batch_size=1"
+            ),
+            build_tokenizer(resolved(path, "none").tokenizer),
+        )
+        expected = sum(s["loss_tokens"] for s in data.valid["validation"].store.report["sources"])
+        for (packing, _), (samples, tokens, evaluated, loss) in zip(cases, found[0], strict=True):
+            assert samples == 3 * (2 if packing == "offline" else 4)
+            assert 0 < tokens < samples * 32 + 1
+            assert evaluated == expected, packing
+            assert 4 < loss < 6
+        padded, packed = found[0][:2]
+        assert packed[:3] == padded[:3], "the same samples, so the same tokens"
+        assert packed[3] == pytest.approx(padded[3], abs=1e-5)
