@@ -157,13 +157,30 @@ class TestPlan:
         [
             (["peft.type=lora"], "peft"),
             (["model.megatron={softmax_type: learnable}"], r"model\.megatron\.softmax_type"),
-            (["mixed_precision=bf16_with_fp8_current_scaling_mixed", "dist.device=auto"],
-             r"mixed_precision\.fp8"),
         ],
     )  # fmt: skip
     def test_refuses_what_it_does_not_model(self, overrides, field):
         with pytest.raises(ConfigError, match=field):
             plan(tiny_config(*overrides), world_size=1)
+
+    def test_low_precision_adds_copies_of_weights_unless_parameters_are_kept_in_it(self):
+        plain, copied, kept = (
+            plan(
+                tiny_config(f"mixed_precision={name}", "dist.device=auto"),
+                world_size=1,
+                gpu="h100-80gb",
+            )
+            for name in (
+                "bf16_mixed",
+                "bf16_with_fp8_subchannel_scaling_mixed",
+                "bf16_with_fp8_current_scaling_mixed",
+            )
+        )
+        # Four layers: attention 64 x (64 + 128), MLP 64 x 128 x 3, two bytes an element.
+        assert copied.rank(0).extra_bytes == 4 * 64 * (64 + 128 + 3 * 128) * 2
+        assert plain.rank(0).extra_bytes == kept.rank(0).extra_bytes == 0
+        assert not plain.notes
+        assert "FP8" in copied.notes[0]
 
     def test_asks_for_a_vocabulary_that_only_files_tell(self):
         config = tiny_config(

@@ -15,6 +15,7 @@ from attrs import frozen
 from mb_config.pipeline import stage_chunks
 
 from mb_engine.plan.buffers import GradientBuffer, gradient_buffer
+from mb_engine.plan.extras import is_muon_matrix, optimizer_share
 from mb_engine.plan.parameters import chunk_parameters
 from mb_engine.plan.sharded import ShardedBuffer, sharded_buffers
 
@@ -155,11 +156,15 @@ def state_memory(config: ConfigContainer, state: StageState, parts: tuple[int, i
     if distributed:
         owned = sum(b.owned(parts[0], state.dense_replicas) for b in state.dense)
         owned += sum(b.owned(parts[1], state.expert_replicas) for b in state.expert)
+    held = owned * optimizer_bytes_per_element(config)
+    if config.optimizer.optimizer == "muon":
+        matrices = sum(p.size for c in state.parameters for p in c if is_muon_matrix(p))
+        held -= matrices * BYTES["float32"] * owned // elements
     return StateMemory(
         parameters=elements,
         parameter_bytes=elements * parameter,
         gradient_bytes=elements * gradient,
-        optimizer_bytes=owned * optimizer_bytes_per_element(config),
+        optimizer_bytes=int(held * optimizer_share(config)),
         padding_bytes=padding * (gradient + (parameter if distributed else 0)),
     )
 

@@ -12,6 +12,7 @@ from mb_config.pipeline import stage_chunks as chunks_of_stages
 from mb_engine.plan.activations import ChunkActivations, chunk_activations
 from mb_engine.plan.communication import Traffic, step_traffic
 from mb_engine.plan.compute import flops_per_step, forward_flops_by_stage
+from mb_engine.plan.extras import extra_bytes, notes
 from mb_engine.plan.hardware import Gpu, gpu_named
 from mb_engine.plan.layout import Degrees
 from mb_engine.plan.memory import (
@@ -52,6 +53,7 @@ class RankPlan:
         activations_by_part: Bytes that one micro-batch keeps, by part of the model.
         working_bytes: Estimate of what running kernels need beside all that: gradients of
             activations, logits, the gradient of a weight; or the optimizer's temporaries if more.
+        extra_bytes: Low-precision copies of weights and buffers of CUDA graphs.
         traffic: Bytes sent in a step, by kind.
         model_flops: Operations of a step, forward and backward, without recomputation.
     """
@@ -63,13 +65,15 @@ class RankPlan:
     activation_bytes: float
     activations_by_part: Mapping[str, float]
     working_bytes: float
+    extra_bytes: float
     traffic: tuple[Traffic, ...]
     model_flops: float
 
     @property
     def peak_bytes(self) -> float:
         """Most bytes of tensors at once, as ``torch.cuda.max_memory_allocated`` counts them."""
-        return self.state.total_bytes + self.activation_bytes + self.working_bytes
+        state = self.state.total_bytes + self.extra_bytes
+        return state + self.activation_bytes + self.working_bytes
 
 
 @frozen(kw_only=True)
@@ -105,6 +109,11 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether every rank fits the GPU; None without one."""
         return None if self.gpu is None else self.peak_bytes <= self.gpu.usable_bytes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What in the numbers was not measured, a line each."""
+        return tuple(notes(self.config))
 
     def rank(self, rank: int) -> RankPlan:
         """Return the plan of one rank.
@@ -217,6 +226,12 @@ def _groups(
                 activations_by_part=_sum_parts(chunks),
                 working_bytes=_working(
                     config, degrees, state, memory, activations, spec=spec, device=device
+                ),
+                extra_bytes=extra_bytes(
+                    config,
+                    [p for chunk in state.parameters for p in chunk],
+                    sizes,
+                    layers=counts[pp_rank],
                 ),
                 traffic=traffic,
                 model_flops=_FORWARD_AND_BACKWARD * forward[pp_rank] * tokens / degrees.tp,

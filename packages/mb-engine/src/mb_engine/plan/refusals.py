@@ -156,7 +156,7 @@ _DDP = frozenset(
         "reuse_grad_buf_for_mxfp8_param_ag",
     ]
 )
-_OPTIMIZER = frozenset({"adam", "sgd"})
+_OPTIMIZER = frozenset({"adam", "sgd", "muon"})
 # Fields of megatron-core's TransformerConfig that change neither sizes nor what is sent.
 _HARMLESS = frozenset(
     [
@@ -200,22 +200,10 @@ def _violations(config: ConfigContainer) -> Iterator[Violation]:
         yield _violation(
             "optimizer.optimizer",
             config.optimizer.optimizer,
-            "its state is not that of adam or sgd",
+            "its state is not that of adam, sgd or muon",
         )
     if config.peft is not None:
         yield _violation("peft", "set", "it freezes parameters and adds others")
-    for name in ("fp8", "fp4"):
-        value = getattr(config.mixed_precision, name, None)
-        if value is not None:
-            remedy = "plan with mixed_precision=bf16_mixed, which needs more memory"
-            why = "it keeps further copies of weights and activations"
-            yield _violation(f"mixed_precision.{name}", value, why, remedy)
-    for name in ("cpu_offloading", "optimizer_cpu_offload"):
-        if getattr(config.offload, name):
-            yield _violation(f"offload.{name}", True, "it moves memory to the host")
-    if config.cuda_graph.cuda_graph_impl != "none":
-        value = config.cuda_graph.cuda_graph_impl
-        yield _violation("cuda_graph.cuda_graph_impl", value, "graphs keep memory of their own")
 
 
 def _unread(name: str, section: Any, known: frozenset[str]) -> Iterator[Violation]:

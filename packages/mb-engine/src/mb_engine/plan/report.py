@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
 _GIB = 1 << 30
 _MIB = 1 << 20
-_COLUMNS = ("parameters", "gradients", "optimizer", "padding", "activations", "working", "peak")
+_COLUMNS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "padding",
+    "activations",
+    "working",
+    "extra",
+    "peak",
+)
 
 
 def as_text(plan: Plan) -> str:
@@ -48,6 +57,7 @@ def as_text(plan: Plan) -> str:
     lines += _table(rows)
     lines += ["", "sent by a rank in a step, largest of all stages"]
     lines += _table(_traffic_rows(plan)) if _traffic_rows(plan) else ["  nothing"]
+    lines += [f"note: {text}" for text in plan.notes]
     lines += ["", _verdict(plan)]
     return "\n".join(lines)
 
@@ -65,6 +75,7 @@ def as_data(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "bubble_fraction": plan.bubble_fraction,
         "model_flops": plan.model_flops,
+        "notes": list(plan.notes),
         "num_microbatches": plan.config.train.num_microbatches,
         "groups": [
             {
@@ -92,6 +103,7 @@ def memory(group: RankPlan) -> dict[str, float]:
         "padding": state.padding_bytes,
         "activations": group.activation_bytes,
         "working": group.working_bytes,
+        "extra": group.extra_bytes,
         "peak": group.peak_bytes,
     }
 
