@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from mb_config import ConfigContainer
 from mb_config.errors import UserError
 
-from mb_engine.data import command as data_command
 from mb_engine import convert_command
+from mb_engine.data import command as data_command
 from mb_engine.plan import command as plan_command
+from mb_engine.recipes import command as recipes_command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         help="ranks on this machine; default: the GPUs, or on a CPU what the config needs",
     )
     run = commands.add_parser("run", parents=[shared, launched], help="train as the config says")
+    recipes_command.add_argument(run)
     run.set_defaults(command=_run)
     text = commands.add_parser(
         "generate", parents=[shared, launched], help="continue a prompt from a checkpoint"
@@ -82,9 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--world-size", type=int, default=None, help="resolve it for so many ranks")
     show.add_argument("--explain", metavar="FIELD", help="say where a value comes from")
     show.add_argument("--schema", action="store_true", help="print the JSON Schema for editors")
+    recipes_command.add_argument(show)
     show.set_defaults(command=_config)
     plan_command.add_parser(commands, shared)
     convert_command.add_parser(commands)
+    recipes_command.add_parser(commands)
     data_command.add_parser(commands, shared)
     return parser
 
@@ -109,12 +113,14 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> ConfigContainer:
 def _run(arguments: argparse.Namespace) -> int:
     from mb_engine import launch
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = recipes_command.configuration(arguments)
     if not launch.is_worker():
         nproc = launch.choose_nproc(config, arguments.nproc)
         launch.check_before_launch(config, nproc)
         if nproc > 1:
-            return launch.launch(nproc, _worker_argv("run", arguments), debug=arguments.debug)
+            flags = [f"--recipe={arguments.recipe}"] if arguments.recipe else []
+            argv = _worker_argv("run", arguments, flags)
+            return launch.launch(nproc, argv, debug=arguments.debug)
     _log_to_stderr(config)
     from mb_engine.train.entry import pretrain
 
@@ -173,7 +179,7 @@ def _config(arguments: argparse.Namespace) -> int:
 
         print(json.dumps(json_schema(), indent=2))  # noqa: T201
         return 0
-    config = load_config(arguments.config, arguments.overrides)
+    config = recipes_command.configuration(arguments)
     if arguments.world_size is not None:
         config = config.finalize(arguments.world_size)
     print(config.explain(arguments.explain) if arguments.explain else config.to_yaml())  # noqa: T201
