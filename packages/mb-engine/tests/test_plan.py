@@ -182,6 +182,26 @@ class TestPlan:
         assert not plain.notes
         assert "FP8" in copied.notes[0]
 
+    def test_the_offloaded_part_of_the_optimizer_is_not_on_the_gpu(self):
+        offload = ["offload.optimizer_cpu_offload=true", "offload.optimizer_offload_fraction=0.75"]
+        base = ["dist.device=auto", "mixed_precision=bf16_mixed"]
+        base += ["optimizer.use_distributed_optimizer=true", "optimizer.overlap_param_gather=false"]
+        whole = plan(tiny_config(*base), world_size=1, gpu="h100-80gb")
+        part = plan(tiny_config(*base, *offload), world_size=1, gpu="h100-80gb")
+        everything = whole.rank(0).state.optimizer_bytes
+        assert part.rank(0).state.optimizer_bytes == everything / 4
+        assert "optimizer offload" in part.notes[0]
+
+    def test_sharded_parameters_leave_room_for_the_layers_that_are_gathered(self):
+        fsdp = ["ddp.use_megatron_fsdp=true"]
+        kept = plan(
+            tiny_config(*fsdp, "ddp.data_parallel_sharding_strategy=optim_grads"), world_size=2
+        )
+        sharded = plan(tiny_config(*fsdp), world_size=2)
+        parts = sum(sharded.rank(rank).state.parameters for rank in (0, 1))
+        assert parts == kept.rank(0).state.parameters
+        assert sharded.rank(0).working_bytes > kept.rank(0).working_bytes
+
     def test_asks_for_a_vocabulary_that_only_files_tell(self):
         config = tiny_config(
             "model.vocab_size=null",

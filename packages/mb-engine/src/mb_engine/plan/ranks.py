@@ -21,6 +21,7 @@ from mb_engine.plan.memory import (
     StateMemory,
     gradient_bytes,
     optimizer_bytes_per_element,
+    parameter_bytes,
     stage_state,
     state_memory,
 )
@@ -309,7 +310,7 @@ def _working(
         vocabulary = (model.padded_vocab_size or 0) // degrees.tp
         copies = sizes.element if sizes.element < BYTES["float32"] else 0
         logits = sizes.tokens * vocabulary * copies
-    backward = weight + max(layer, logits)
+    backward = weight + max(layer, logits) + _gathered(config, state)
     owned = memory.optimizer_bytes / max(1, optimizer_bytes_per_element(config)) * BYTES["float32"]
     update = 0.0
     if gradient_bytes(config) < BYTES["float32"]:
@@ -317,3 +318,12 @@ def _working(
     if spec == "torch" and device == "cuda" and config.optimizer.optimizer == "adam":
         update += owned
     return max(backward, update - activations)
+
+
+def _gathered(config: ConfigContainer, state: StageState) -> float:
+    """Return the bytes of what Megatron-FSDP gathers: two layers and all that is in none."""
+    if config.ddp.data_parallel_sharding_strategy != "optim_grads_params":
+        return 0.0
+    layer = max((b.elements for b in state.sharded if b.unit), default=0)
+    others = sum(b.elements for b in state.sharded if not b.unit)
+    return (2 * layer + others) * parameter_bytes(config) + layer * gradient_bytes(config)
