@@ -15,7 +15,17 @@ from mb_config import ConfigContainer, MixedPrecisionConfig, ModelConfig, sectio
 
 # Read by packages that this one only finds through entry points.
 READ_ELSEWHERE = {
-    "CheckpointConfig": {"most_recent_k", "save_retain_interval"},
+    "CheckpointConfig": {
+        "most_recent_k",
+        "save_retain_interval",
+        "staging",
+        "writer",
+        "layout",
+        "compression",
+        "compression_level",
+        "replicate_to",
+        "replica_most_recent_k",
+    },
     "LoggerConfig": {"tensorboard_dir"},
     "LoRA": None,
 }
@@ -53,6 +63,9 @@ class TestNamesAreMegatrons:
             "make_vocab_size_divisible_by", "position_embedding_type",
             "share_embeddings_and_output_weights", "layer_spec", "megatron", "torch_compile",
             "attn_logit_softcapping", "final_logit_softcapping",
+            "rotary_base_local", "rope_scaling", "rope_scaling_factor", "rope_low_freq_factor",
+            "rope_high_freq_factor", "rope_original_max_positions", "normalize_branch_outputs",
+            "embedding_scale", "attention_output_bias",
         }  # fmt: skip
         assert self.names(ModelConfig) - self.transformer() == ours
 
