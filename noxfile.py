@@ -62,8 +62,14 @@ def find_python() -> str | None:
 
 PYTHON = find_python()
 BUILT: set[str] = set()
-MODES = PACKAGES["mb-engine"] / "tests" / "parity"
+ENGINE_TESTS = PACKAGES["mb-engine"] / "tests"
+MODES = ENGINE_TESTS / "parity"
+ROOMS = {"data": ("data",), "plan": ("plan", "recipes")}
+"""Folders of the engine's tests that have a session of their own, so that each stays short."""
+TOGETHER = {path.name: path for path in sorted((ROOT / "tests").glob("*/"))}
 per_package = nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
+per_room = nox.parametrize("room", list(ROOMS), ids=list(ROOMS))
+per_folder = nox.parametrize("folder", list(TOGETHER), ids=list(TOGETHER))
 per_megatron = nox.parametrize(
     "newest", [nox.param(False, id="pinned"), nox.param(True, id=COMPAT_MEGATRON)]
 )
@@ -76,6 +82,7 @@ nox.options.sessions = [
     "typing",
     *(f"alone({name})" for name in PACKAGES),
     *(f"tests({name})" for name in PACKAGES),
+    "engine",
     "modes",
     "together",
     "docs_code",
@@ -228,8 +235,18 @@ def typing(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Run the tests of one package: its wheel, what it declares and its test tools, no more."""
     install(session, package, group="test")
-    others = ["--ignore", str(MODES)]  # a session of its own runs those
-    session.run("pytest", *others, str(PACKAGES[package] / "tests"), *session.posargs, env=ENV)
+    elsewhere = [MODES, *(ENGINE_TESTS / name for names in ROOMS.values() for name in names)]
+    ignored = [f"--ignore={path}" for path in elsewhere]  # sessions of their own run those
+    session.run("pytest", *ignored, str(PACKAGES[package] / "tests"), *session.posargs, env=ENV)
+
+
+@nox.session(python=PYTHON)
+@per_room
+def engine(session: nox.Session, room: str) -> None:
+    """Run the engine's tests of one of its rooms, in the environment of tests(mb-engine)."""
+    install(session, "mb-engine", group="test")
+    folders = [str(ENGINE_TESTS / name) for name in ROOMS[room]]
+    session.run("pytest", *folders, *session.posargs, env=ENV)
 
 
 @nox.session(python=PYTHON, reuse_venv=False)
@@ -242,16 +259,17 @@ def alone(session: nox.Session, package: str) -> None:
 
 
 @nox.session(python=PYTHON)
-def together(session: nox.Session) -> None:
+@per_folder
+def together(session: nox.Session, folder: str) -> None:
     """Run the tests that need several packages, with all of them installed."""
-    install(session, "mb-engine[ckpt,peft,distill,logging]", tools="pytest")
-    session.run("pytest", str(ROOT / "tests"), *session.posargs, env=ENV)
+    install(session, "mb-engine[all]", tools="pytest")
+    session.run("pytest", str(TOGETHER[folder]), *session.posargs, env=ENV)
 
 
 @nox.session(python=PYTHON)
 def docs_code(session: nox.Session) -> None:
     """Run the Python of README and docs, and check the commands and configurations they show."""
-    install(session, "mb-engine[ckpt,peft,distill,logging]", tools="pytest nox")
+    install(session, "mb-engine[all]", tools="pytest nox")
     env = ENV | {"OMP_NUM_THREADS": "2"}
     session.run("pytest", str(ROOT / "ci" / "test_docs_code.py"), *session.posargs, env=env)
 
@@ -269,7 +287,9 @@ def newest_megatron(session: nox.Session) -> dict[str, str]:
     with zipfile.ZipFile(next(tmp.glob("megatron_core-*.whl"))) as archive:
         archive.extractall(tmp / "megatron")
     env = ENV | {"PYTHONPATH": str(tmp / "megatron")}
-    show = "import megatron.core as m; print('megatron-core', m.__version__, m.__file__)"
+    # Imported as it is, it asks for triton on a machine without CUDA.
+    show = "import importlib.metadata as m, importlib.util as u; print(m.version('megatron-core'),"
+    show += " u.find_spec('megatron.core').origin)"
     session.run("python", "-c", show, env=env)
     return env
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from mb_config import ConfigContainer
 from mb_config.errors import UserError
 
-from mb_engine import convert_command
-from mb_engine.data import command as data_command
+from mb_engine import convert_command, data_command
 from mb_engine.plan import command as plan_command
 from mb_engine.recipes import command as recipes_command
 

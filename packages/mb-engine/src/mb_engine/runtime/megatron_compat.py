@@ -36,7 +36,7 @@ from mb_engine.errors import EngineError
 from mb_engine.runtime import megatron_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Sequence
 
 _GPT_MODEL = "megatron.core.models.gpt.gpt_model"
 _TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
@@ -261,19 +261,3 @@ def cuda_graph_kind(config: Any) -> str:
     scope = getattr(config, "cuda_graph_scope", None) or []
     names = {getattr(part, "name", part) for part in scope}
     return "full_iteration" if kind == "local" and "full_iteration" in names else kind
-
-
-def sharded_state_dict(chunk: Any, metadata: Mapping[str, Any]) -> Any:
-    """Return megatron-core's sharded state dict of one model chunk.
-
-    Args:
-        chunk: A ``MegatronModule``.
-        metadata: What megatron-core's modules look up while they build it; the group of
-            data-parallel replicas is filled in where it is missing or None.
-    """
-    from megatron.core import parallel_state
-
-    full = dict(metadata)
-    if full.get("dp_cp_group") is None:
-        full["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return chunk.sharded_state_dict(metadata=full)

@@ -14,6 +14,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_CHUNK = 1 << 16
+
+
+def norm_of(buffers: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all elements of *buffers* together, to float32 accuracy, unread.
+
+    On a CPU torch adds the squares of one tensor up in few float32 sums: of 3 million elements the
+    norm is 6e-5 too small, of 30 million 2e-3. There it is taken in pieces.
+
+    Args:
+        buffers: Float32, one-dimensional, on one device.
+    """
+    pieces = [p for b in buffers for p in (torch.split(b, _CHUNK) if b.is_cpu else (b,))]
+    norms = torch._foreach_norm(pieces)  # noqa: SLF001 - there is no other name of it
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
 class BufferedOptimizer(ChainedOptimizer):  # type: ignore[misc]
     """Float32 optimizers that take norms of the buffers in which all their gradients lie.
 
@@ -34,9 +52,7 @@ class BufferedOptimizer(ChainedOptimizer):  # type: ignore[misc]
     @torch.no_grad()
     def get_grad_norm(self) -> float:
         """Return the L2 norm of all gradients; waits for the device."""
-        norms = [torch.linalg.vector_norm(buffer) for buffer in self.buffers]
-        total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        return float(total)
+        return float(norm_of(self.buffers))
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float, float | None]:

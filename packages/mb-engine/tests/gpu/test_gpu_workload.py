@@ -18,8 +18,8 @@ from mb_engine.precision.support import Machine
 from mb_engine.testing import tiny_config
 from packaging.version import Version
 
-FOLDER = Path(__file__).parent / "gpu"
-ROOT = Path(__file__).parents[3]
+FOLDER = Path(__file__).parent
+ROOT = Path(__file__).parents[4]
 BLACKWELL = Machine(capability=(10, 0), engine=Version("2.9"), megatron=Version("0.19.2"))
 
 

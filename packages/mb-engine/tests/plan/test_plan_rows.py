@@ -17,7 +17,7 @@ from mb_engine.plan.layout import Degrees
 from mb_engine.plan.memory import stage_state, state_memory
 from mb_engine.testing import run_ranks, tiny_config
 
-sys.path.append(str(Path(__file__).parent / "parity"))
+sys.path.append(str(Path(__file__).parents[1] / "parity"))
 
 from mode_rows import TABLE
 

@@ -177,3 +177,22 @@ def gradients_before_backward():
 def test_who_writes_gradients_into_the_buffer_himself_is_left_alone():
     (found,) = run_ranks(gradients_before_backward, 1)
     assert found == {"nothing": {True}, **{key: {False} for key in WRITE_THEMSELVES}}
+
+
+def norms_and_exact(sizes):
+    """Return for each size the norm of two buffers and what float64 makes of it."""
+    from mb_engine.train.clipping import norm_of
+
+    found = []
+    for size in sizes:
+        generator = torch.Generator().manual_seed(size)
+        buffers = [torch.randn(n, generator=generator) for n in (size, 7)]
+        exact = torch.linalg.vector_norm(torch.cat(buffers).double())
+        found.append((norm_of(buffers).item(), exact.item()))
+    return found
+
+
+def test_the_norm_of_long_buffers_is_exact_to_float32():
+    (found,) = run_ranks(norms_and_exact, 1, [1, (1 << 16) + 1, 3_000_001])
+    for norm, exact in found:
+        assert norm == pytest.approx(exact, rel=1e-6)
