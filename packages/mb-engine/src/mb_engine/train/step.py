@@ -11,7 +11,7 @@ from attrs import define, evolve, field
 from mb_config.records import LossTerms
 
 from mb_engine.errors import EngineError
-from mb_engine.model.auxiliary_losses import take_auxiliary_losses
+from mb_engine.model.auxiliary_losses import AuxiliaryLosses
 from mb_engine.parallel.sequence import (
     BOUNDARIES,
     LONGEST,
@@ -51,6 +51,7 @@ class MicroBatchRunner:
     forward_step: ForwardStep | None = None
     _metric_names: tuple[str, ...] | None = field(default=None, init=False)
     _schedule: Callable[..., Any] | None = field(default=None, init=False)
+    _beside: AuxiliaryLosses | None = field(default=None, init=False)
 
     def run(
         self, batches: Sequence[Mapping[str, Tensor]], *, forward_only: bool = False
@@ -84,7 +85,9 @@ class MicroBatchRunner:
         terms = self._reduce(store)
         if forward_only:
             return terms
-        beside = take_auxiliary_losses(self.chunks, self.layout, num_microbatches=len(local))
+        if self._beside is None:
+            self._beside = AuxiliaryLosses(self.chunks, self.layout)
+        beside = self._beside.take(num_microbatches=len(local))
         return evolve(terms, metrics={**terms.metrics, **beside})
 
     def schedule(self) -> Callable[..., Any]:
