@@ -76,7 +76,7 @@ def test_names_may_differ(saved):
     with pytest.raises(
         CheckpointError, match=r"'net' is not the module that was saved: .* lacks net\."
     ):
-        store.load({"net": other}, rename={"net": "modell"})
+        store.load({"net": other}, rename={"net": "modle"})
 
 
 def test_missing_and_unexpected_keys_are_refused_or_listed_exactly(saved):
