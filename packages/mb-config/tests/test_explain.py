@@ -17,6 +17,14 @@ def test_derived_values_show_their_calculation(small):
     )
 
 
+def test_layers_are_chosen_for_what_the_model_asks(small):
+    assert small.finalize(1).model.layer_spec == "auto"
+    resolved = small.override("model.attn_logit_softcapping=50.0").finalize(1)
+    assert resolved.explain("model.layer_spec") == (
+        "model.layer_spec = torch, derived: attn_logit_softcapping"
+    )
+
+
 def test_each_source_is_named(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("optimizer: {lr: 0.0003, min_lr: 0.0001}\n")

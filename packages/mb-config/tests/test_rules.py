@@ -252,6 +252,8 @@ BROKEN = [
     (["mixed_precision={bf16: true, fp4_param: true}"], "mixed_precision.fp4_param", "needs fp4"),
     (["mixed_precision=bf16_with_mxfp8_mixed", "model.layer_spec=torch"], "mixed_precision.fp8",
      "needs Transformer Engine layers"),
+    (["mixed_precision=bf16_with_mxfp8_mixed", "model.final_logit_softcapping=30.0"],
+     "mixed_precision.fp8", "needs Transformer Engine layers"),
     (["mixed_precision=bf16_with_mxfp8_mixed", "dist.device=cpu"], "mixed_precision.fp8", "CUDA"),
     ([("mixed_precision={bf16: true, fp8: hybrid, fp8_recipe: delayed,"
       " first_last_layers_bf16: true}")], "mixed_precision.first_last_layers_bf16", "delayed"),

@@ -22,6 +22,17 @@ def resolve(draft: Draft) -> None:
         _exchange(draft)
 
 
+def choose_layers(draft: Draft) -> None:
+    """Take the torch layers where only they have what the model asks for.
+
+    Comes before what asks which layers there are.
+    """
+    model = draft.config.model
+    needing = [name for name in (*_CAPS, *_ONLY_TORCH) if getattr(model, name)]
+    if needing and model.layer_spec == "auto":
+        draft.derive("model.layer_spec", "torch", ", ".join(needing))
+
+
 def _window(draft: Draft) -> None:
     model = draft.config.model
     frequency = model.window_attn_skip_freq

@@ -46,6 +46,7 @@ def finalize(config: ConfigContainer, world_size: int) -> ConfigContainer:
         raise ConfigError.from_violations([rule])
     draft = Draft(config=copy.deepcopy(config), world_size=world_size)
     draft.withdraw()
+    attention.choose_layers(draft)
     precision.resolve(draft)
     architecture.resolve(draft)
     parallel.resolve(draft)

@@ -41,13 +41,6 @@ from mb_engine.runtime.megatron_compat import (
 if TYPE_CHECKING:
     from mb_config import ConfigContainer
 
-_ONLY_TORCH = (
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "rotary_base_local",
-    "normalize_branch_outputs",
-    "attention_output_bias",
-)
 _INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _LATENT_NORMS = {
     f"self_attention.{x}_layernorm.": f"self_attention.linear_{x}_up_proj.layer_norm_"
@@ -69,8 +62,7 @@ def choose_layer_spec(config: ConfigContainer) -> str:
     has_te = importlib.util.find_spec("transformer_engine") is not None
     wanted = config.model.layer_spec
     if wanted == "auto":
-        needs_torch = any(getattr(config.model, name) for name in _ONLY_TORCH)
-        return "te" if on_cuda and has_te and not needs_torch else "torch"
+        return "te" if on_cuda and has_te else "torch"
     if wanted == "te" and not (on_cuda and has_te):
         why = "is for CUDA devices" if has_te else "is not installed"
         raise EngineError(
