@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 
 import numpy as np
 import pytest
+import torch
 from chat_styles import save_tokenizer
 from mb_config import TokenizerConfig
 from mb_engine.cli import main
@@ -16,7 +18,7 @@ from mb_engine.data import indexed_build as build_module
 from mb_engine.data.indexed_build import BuildOptions, build_indexed_files
 from mb_engine.data.tokenizers import ByteTokenizer
 from mb_engine.runtime import megatron_compat, megatron_cpu
-from mb_engine.testing import tiny_config
+from mb_engine.testing import run_ranks, tiny_config
 
 TEXTS = [f"document {i} " + "é" * (i % 7) for i in range(50)]
 
@@ -206,7 +208,26 @@ def tokens_of(dataset):
     return np.concatenate([np.asarray(dataset[i]["tokens"]) for i in range(len(dataset))])
 
 
+def first_rows(prefix):
+    """Return the first training samples of a rank of a process group; rank 0 comes last."""
+    megatron_cpu.install()
+    megatron_compat.prepare_megatron()
+    torch.distributed.init_process_group("gloo")
+    try:
+        if torch.distributed.get_rank() == 0:
+            time.sleep(0.5)
+        train = build_datasets(config_of(prefix), ByteTokenizer()).train
+        return [train[i]["tokens"].tolist() for i in range(3)]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class TestDatasets:
+    @pytest.mark.dist
+    def test_ranks_of_a_process_group_read_the_same(self, prefix):
+        one, other = run_ranks(first_rows, 2, prefix, timeout_s=60)
+        assert one == other
+
     @pytest.fixture
     def prefix(self, tmp_path):
         rng = np.random.default_rng(0)

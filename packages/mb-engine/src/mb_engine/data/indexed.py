@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import struct
 import warnings
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from attrs import frozen
 
 from mb_engine.data import sample_store
@@ -20,7 +18,7 @@ from mb_engine.data.indexed_build import INDEX_HEADER
 from mb_engine.data.tokenizers import fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from mb_config import ConfigContainer
     from numpy.typing import NDArray
@@ -117,6 +115,8 @@ def _build(
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+    from mb_engine.runtime.megatron_compat import without_process_group
+
     settings: Any = config.dataset
     cache = Path(settings.cache_dir or Path(prefixes[0]).parent / ".mb-cache").expanduser()
     made = GPTDatasetConfig(
@@ -134,7 +134,11 @@ def _build(
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, list(sizes), lambda: True, made)
     boundary = tokenizer.eod if settings.reset_attention_mask else None
-    with sample_store.locked(cache, "indexed"), _alone(), warnings.catch_warnings():
+    with (
+        sample_store.locked(cache, "indexed"),
+        without_process_group(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # about padding, of which there is none
         try:
             datasets = builder.build()
@@ -221,23 +225,6 @@ def _check_index(path: str, setting: str) -> int:
             " them is damaged or of another build: make both anew with mb-train data build"
         )
     return int(sequences)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Let megatron-core take this process for rank 0, which it is while it holds the lock.
-
-    Its blended data sets ask for the rank whether or not there is a process group (0.16).
-    """
-    if torch.distributed.is_initialized():
-        yield
-        return
-    get_rank = torch.distributed.get_rank
-    torch.distributed.get_rank = lambda *_: 0
-    try:
-        yield
-    finally:
-        torch.distributed.get_rank = get_rank
 
 
 def _training_samples(config: ConfigContainer) -> int | None:

@@ -21,6 +21,7 @@ q and k norm of a plain attention       ``IdentityOp``               ``None``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -36,7 +37,7 @@ from mb_engine.errors import EngineError
 from mb_engine.runtime import megatron_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 _GPT_MODEL = "megatron.core.models.gpt.gpt_model"
 _TRITON_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
@@ -261,3 +262,19 @@ def cuda_graph_kind(config: Any) -> str:
     scope = getattr(config, "cuda_graph_scope", None) or []
     names = {getattr(part, "name", part) for part in scope}
     return "full_iteration" if kind == "local" and "full_iteration" in names else kind
+
+
+@contextlib.contextmanager
+def without_process_group() -> Iterator[None]:
+    """Let megatron-core take this process for the only one.
+
+    Its blended data sets ask for the rank whether or not there is a process group, and with one they
+    have rank 0 build the index while all others wait, which ends where ranks are let in one by one.
+    """
+    distributed: Any = torch.distributed
+    kept = distributed.is_initialized, distributed.get_rank
+    distributed.is_initialized, distributed.get_rank = (lambda: False), (lambda *_: 0)
+    try:
+        yield
+    finally:
+        distributed.is_initialized, distributed.get_rank = kept
