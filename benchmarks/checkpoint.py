@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What saving and loading with mb_ckpt costs, against six other ways, on one machine and disk.
+
+    python benchmarks/checkpoint.py                 all of it: results/checkpoint.{md,json}
+    python benchmarks/checkpoint.py --orbax         with orbax, in an environment made for it
+    python benchmarks/checkpoint.py --state small   only that state
+    python benchmarks/checkpoint.py --quick         one round of the small state, writes nothing
+
+The contenders take turns, round by round, in another order each time, so that whatever else the
+machine does hits all of them; ratios are medians of the ratios within a round. Nothing is timed
+before the disk has been synced, loads begin with their files dropped from the page cache, and what
+is loaded is compared bit for bit with what was saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from contenders import checkpoint_report, measurement
+from contenders.checkpoint_orbax import install
+from contenders.checkpoint_states import SIZES
+from contenders.checkpoint_worker import run
+from contenders.checkpointers import BEHIND, MEMCPY, READERS, SAVERS, SAVERS_OF_TWO
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 5
+QUICK_ROUNDS = 1
+MEMORY_STATE = "big"
+MEMORY_SAVES = 3
+
+
+def measure(state: str, rounds: int, folder: Path, orbax: str | None) -> dict[str, Any]:
+    """Return the samples of one state: saves, loads of each kind, and a loop's.
+
+    Args:
+        state: A key of `SIZES`.
+        rounds: How many.
+        folder: To work in; empty again afterwards.
+        orbax: The Python of its environment, None to leave it out.
+    """
+    task = {"state": state, "rounds": rounds, "orbax": orbax}
+    found: dict[str, Any] = {}
+    for ranks, savers in ((1, SAVERS), (2, SAVERS_OF_TWO)):
+        root = folder / f"saved_{ranks}"
+        saving = task | {"what": "save", "root": str(root), "contenders": savers}
+        found[f"save, {_ranks(ranks)}"] = run(saving, ranks)
+    for saved, ranks in ((1, 1), (2, 2), (2, 1), (1, 2)):
+        loading = {"what": "load", "saved": str(folder / f"saved_{saved}"), "saved_ranks": saved}
+        loading |= {"root": str(folder / "loading"), "contenders": READERS}
+        name = f"load, {_ranks(ranks)}" if saved == ranks else f"load, {saved} to {ranks}"
+        found[name] = run(task | loading, ranks)
+    shutil.rmtree(folder)
+    root = folder / "loop"
+    looping = {"what": "loop", "root": str(root), "contenders": (MEMCPY, *BEHIND)}
+    found["loop"] = run(task | looping, 1)
+    shutil.rmtree(folder)
+    return found
+
+
+def measure_memory(state: str, folder: Path) -> dict[str, Any]:
+    """Return the bytes that saving *state* needs beside it, with each contender."""
+    found = {}
+    for name in SAVERS + BEHIND:
+        if name != MEMCPY and name not in found:
+            task = {"what": "memory", "state": state, "rounds": MEMORY_SAVES, "root": str(folder)}
+            found[name] = run(task | {"contenders": [name]}, 1)
+            shutil.rmtree(folder)
+    return found
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s'[: count > 1]}"
+
+
+def main() -> None:
+    """Measure what is asked for and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--state", choices=SIZES, action="append", help="only this state")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--orbax", action="store_true", help="compare with orbax, too")
+    parser.add_argument(
+        "--orbax-venv", type=Path, help="its environment; a temporary one if left out"
+    )
+    parser.add_argument("--quick", action="store_true", help="one round of the small state")
+    parser.add_argument("--folder", type=Path, help="work there: the disk that is measured")
+    parser.add_argument("--out", type=Path, help="folder to write results to")
+    arguments = parser.parse_args()
+    states = arguments.state or (["small"] if arguments.quick else list(SIZES))
+    rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
+    out = arguments.out or (None if arguments.quick or arguments.state else RESULTS)
+    about = measurement.machine()
+    about["versions"] |= {name: version(name) for name in ("mb-ckpt", "tensorstore", "safetensors")}
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="mb-bench-") as name:
+        work, python = Path(name), None
+        if arguments.orbax:
+            python = install((arguments.orbax_venv or work / "orbax").absolute())
+        memory = {}
+        if not arguments.quick:
+            memory[MEMORY_STATE] = measure_memory(MEMORY_STATE, work / "memory")
+        found: dict[str, Any] = {}
+        for state in states:
+            found[state] = measure(state, rounds, work / "state", str(python) if python else None)
+            results = {"machine": about, "rounds": rounds, "results": found, "memory": memory}
+            if out is not None:  # after each: the whole takes most of an hour
+                write(results, out)
+    print(checkpoint_report.render(**results))
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Write *results* as data and as text."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "checkpoint.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "checkpoint.md").write_text(checkpoint_report.render(**results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
