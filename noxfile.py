@@ -67,6 +67,7 @@ MODES = ENGINE_TESTS / "parity"
 ROOMS = {"data": ("data",), "plan": ("plan", "recipes")}
 """Folders of the engine's tests that have a session of their own, so that each stays short."""
 TOGETHER = {path.name: path for path in sorted((ROOT / "tests").glob("*/"))}
+TOOLS = {"object_stores": "moto[server]"}
 per_package = nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
 per_room = nox.parametrize("room", list(ROOMS), ids=list(ROOMS))
 per_folder = nox.parametrize("folder", list(TOGETHER), ids=list(TOGETHER))
@@ -262,7 +263,7 @@ def alone(session: nox.Session, package: str) -> None:
 @per_folder
 def together(session: nox.Session, folder: str) -> None:
     """Run the tests that need several packages, with all of them installed."""
-    install(session, "mb-engine[all]", tools="pytest")
+    install(session, "mb-engine[all]", tools=f"pytest {TOOLS.get(folder, '')}")
     session.run("pytest", str(TOGETHER[folder]), *session.posargs, env=ENV)
 
 

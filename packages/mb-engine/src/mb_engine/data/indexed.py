@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from attrs import frozen
 
-from mb_engine.data import sample_store
+from mb_engine.data import locations, sample_store
 from mb_engine.data.errors import DataError
 from mb_engine.data.indexed_build import INDEX_HEADER
+from mb_engine.data.records import unreadable
 from mb_engine.data.tokenizers import fingerprint
 
 if TYPE_CHECKING:
@@ -118,14 +119,16 @@ def _build(
     from mb_engine.runtime.megatron_compat import without_process_group
 
     settings: Any = config.dataset
-    cache = Path(settings.cache_dir or Path(prefixes[0]).parent / ".mb-cache").expanduser()
+    cache = sample_store.cache_folder(settings.cache_dir, prefixes[0])
+    remote = any(map(locations.is_remote, prefixes))
     made = GPTDatasetConfig(
         random_seed=config.rng.seed,
         sequence_length=int(settings.seq_length or config.model.seq_length),
         blend=(list(prefixes), None if weights is None else list(weights)),
         split=split,
         path_to_cache=str(cache / "indexed"),
-        mmap_bin_files=settings.mmap,
+        mmap_bin_files=settings.mmap and not remote,
+        object_storage_cache_path=str(cache / "index") if remote else None,
         tokenizer=_ForMegatron(tokenizer),
         reset_position_ids=settings.reset_position_ids,
         reset_attention_mask=False,  # boundaries of a packed row do it
@@ -184,14 +187,14 @@ def _checked(prefixes: Sequence[str], setting: str, shares: Sequence[float] = (1
         raise DataError(f"{setting} names no files; name the prefix of a .bin and an .idx file")
     found = []
     for prefix in prefixes:
-        path = str(Path(prefix).expanduser()).removesuffix(".bin").removesuffix(".idx")
-        for suffix in (".idx", ".bin"):
-            if not Path(path + suffix).is_file():
-                raise DataError(
-                    f"{setting}: {path}{suffix} does not exist; name the prefix of a .bin and an"
-                    " .idx file (mb-train data build makes them)"
-                )
-        sequences = _check_index(path, setting)
+        path = prefix if locations.is_remote(prefix) else str(Path(prefix).expanduser())
+        path = path.removesuffix(".bin").removesuffix(".idx")
+        _check_store(path, setting)
+        try:
+            _check_files(path, setting)
+            sequences = _check_index(path, setting)
+        except OSError as error:
+            raise unreadable(path, error) from error
         ends = np.rint(np.cumsum([0.0, *shares]) / sum(shares) * sequences)
         if any(share and a == b for share, a, b in zip(shares, ends, ends[1:], strict=False)):
             # megatron-core would look for tokens among no documents for ever
@@ -203,10 +206,32 @@ def _checked(prefixes: Sequence[str], setting: str, shares: Sequence[float] = (1
     return found
 
 
+def _check_files(path: str, setting: str) -> None:
+    for suffix in (".idx", ".bin"):
+        if not locations.is_file(path + suffix):
+            raise DataError(
+                f"{setting}: {path}{suffix} does not exist; name the prefix of a .bin and an"
+                " .idx file (mb-train data build makes them)"
+            )
+
+
+def _check_store(path: str, setting: str) -> None:
+    """Refuse object stores that megatron-core does not read tokens from."""
+    if not locations.is_remote(path):
+        return
+    if not path.startswith("s3://"):
+        raise DataError(
+            f"{setting}: {path}: megatron-core streams tokens from s3:// alone; copy the files to a"
+            " folder, or to a store with that interface"
+        )
+    if importlib.util.find_spec("boto3") is None:
+        raise DataError(f"{setting}: {path} is read with boto3; pip install boto3")
+
+
 def _check_index(path: str, setting: str) -> int:
     """Return how many sequences there are; refuse files that megatron-core would fail on later: no index, or other than the tokens."""
-    index, tokens = Path(path + ".idx"), Path(path + ".bin").stat().st_size
-    with index.open("rb") as file:
+    index, tokens = path + ".idx", locations.stamp(path + ".bin").size
+    with locations.open_bytes(index) as file:
         head = file.read(len(INDEX_HEADER) + _COUNTS.size)
         if not head.startswith(INDEX_HEADER) or len(head) < len(INDEX_HEADER) + _COUNTS.size:
             raise DataError(

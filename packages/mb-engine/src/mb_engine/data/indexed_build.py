@@ -13,13 +13,13 @@ import multiprocessing
 import os
 import shutil
 import struct
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
 from attrs import field, frozen
 
+from mb_engine.data import locations
 from mb_engine.data.errors import DataError
 from mb_engine.data.records import BadRecords, is_parquet, open_text, parse_line, unreadable
 from mb_engine.data.text import expand, text_pieces
@@ -28,6 +28,7 @@ from mb_engine.data.tokenizers import build_tokenizer, fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
+    from pathlib import Path
 
     from mb_config import TokenizerConfig
 
@@ -42,7 +43,7 @@ class BuildOptions:
     """What to build.
 
     Attributes:
-        inputs: Files or patterns: ``.jsonl`` (also ``.gz``), ``.parquet``; any other is text, a file
+        inputs: Files or patterns, here or in object stores: ``.jsonl`` (also ``.gz``), ``.parquet``; any other is text, a file
             a document.
         output: Prefix of the files.
         tokenizer: Which tokenizer.
@@ -235,7 +236,8 @@ def _texts(block: _Block, key: str) -> Iterator[tuple[str | None, str | None]]:
     """Yield text and problem of each record; a blank line has an empty text and is no document."""
     if block.kind == "text":
         try:
-            yield Path(block.path).read_text(encoding="utf-8"), None
+            with locations.open_bytes(block.path) as file:
+                yield file.read().decode(), None
         except UnicodeDecodeError as error:
             yield None, f"not UTF-8 at byte {error.start}"
         return
@@ -267,19 +269,20 @@ def _text_of_line(line: bytes, key: str) -> tuple[str | None, str | None]:
 def _column(block: _Block, key: str) -> Iterator[tuple[str | None, str | None]]:
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(block.path)
-    if key not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        yield None, f"column {key!r} is missing (columns: {names})"
-        return
-    for group in range(block.begin, block.end):
-        for text in file.read_row_group(group, columns=[key]).column(key).to_pylist():
-            yield (text, None) if isinstance(text, str) else (None, f"field {key!r} is not text")
+    with parquet.ParquetFile(locations.arrow_file(block.path)) as file:
+        if key not in file.schema_arrow.names:
+            names = ", ".join(file.schema_arrow.names)
+            yield None, f"column {key!r} is missing (columns: {names})"
+            return
+        for group in range(block.begin, block.end):
+            for text in file.read_row_group(group, columns=[key]).column(key).to_pylist():
+                good = isinstance(text, str)
+                yield (text, None) if good else (None, f"field {key!r} is not text")
 
 
 def _blocks(path: str) -> Iterator[_Block]:
     try:
-        size = Path(path).stat().st_size
+        size = locations.stamp(path).size
     except OSError as error:
         raise unreadable(path, error) from error
     if not size:
@@ -297,7 +300,7 @@ def _blocks(path: str) -> Iterator[_Block]:
 def _lines(path: str, size: int) -> Iterator[_Block]:
     """Yield blocks of whole lines, some hundred a file, so that all processes end together."""
     block = max(_BLOCK, min(size >> 8, _LARGEST))
-    with Path(path).open("rb") as file:
+    with locations.open_bytes(path) as file:
         begin = 0
         while begin < size:
             file.seek(min(begin + block, size) - 1)
@@ -313,7 +316,7 @@ def _row_groups(path: str) -> Iterator[_Block]:
     from pyarrow import parquet
 
     try:
-        metadata = parquet.ParquetFile(path).metadata
+        metadata = parquet.ParquetFile(locations.arrow_file(path)).metadata
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
     if not metadata.num_rows:
@@ -325,13 +328,13 @@ def _row_groups(path: str) -> Iterator[_Block]:
 
 def _parts_folder(options: BuildOptions, tokenizer: str, blocks: Sequence[_Block]) -> Path:
     """Return the folder of parts; what another build left there is removed."""
-    stats = [Path(path).stat() for path in dict.fromkeys(block.path for block in blocks)]
+    stamps = [locations.stamp(path) for path in dict.fromkeys(block.path for block in blocks)]
     depends_on = [
         tokenizer,
         options.text_key,
         options.append_eod,
         [attrs.asdict(block) for block in blocks],
-        [(stat.st_size, stat.st_mtime_ns) for stat in stats],
+        stamps,
     ]
     name = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
     folder = options.output.with_name(options.output.name + ".parts")

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
+from mb_engine.data import locations
 from mb_engine.data.errors import DataError
 from mb_engine.data.tokenizer_libraries import require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import IO
 
 _SHOWN = 5
 
@@ -64,9 +65,9 @@ class BadRecords:
             self.examples.append(text)
 
 
-def is_parquet(path: str | Path) -> bool:
+def is_parquet(path: str) -> bool:
     """Return whether *path* is named as a Parquet file is."""
-    return str(path).endswith((".parquet", ".pq"))
+    return path.endswith((".parquet", ".pq"))
 
 
 def read_records(path: str) -> Iterator[Record]:
@@ -95,7 +96,16 @@ def read_records(path: str) -> Iterator[Record]:
 
 def open_text(path: str) -> Any:
     """Return *path* opened for reading bytes, decompressed where it is named ``.gz``."""
-    return gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb")
+    file = locations.open_bytes(path)
+    return _Unzipped(file) if path.endswith(".gz") else file
+
+
+class _Unzipped(gzip.GzipFile):
+    """Closes the compressed file with itself, as ``gzip.open`` does for paths alone."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self.myfileobj = file  # type: ignore[assignment]
 
 
 def parse_line(number: int, line: bytes) -> Record:
@@ -119,8 +129,8 @@ def unreadable(path: str, error: Exception) -> DataError:
         return DataError(
             f"{path} does not exist; correct the path (it is relative to the working directory)"
         )
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return DataError(f"{path} cannot be read ({reason}); name a readable JSONL or Parquet file")
+    reason = getattr(error, "strerror", None) or [*str(error).splitlines(), ""][0]
+    return DataError(f"{path} cannot be read ({reason}); name a file that can be read")
 
 
 def _parquet(path: str) -> Iterator[Record]:
@@ -129,14 +139,14 @@ def _parquet(path: str) -> Iterator[Record]:
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
-        if not file.metadata.num_rows:
-            raise DataError(f"{path} is empty; name a file with records")
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield Record(number=number, value=without_nulls(row))
+        with parquet.ParquetFile(locations.arrow_file(path)) as file:
+            if not file.metadata.num_rows:
+                raise DataError(f"{path} is empty; name a file with records")
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(number=number, value=without_nulls(row))
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
 

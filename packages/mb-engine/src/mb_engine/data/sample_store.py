@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from attrs import field, frozen
 
+from mb_engine.data import locations
 from mb_engine.data.errors import DataError
 from mb_engine.data.tokenizer_libraries import require
 
@@ -149,8 +150,22 @@ def prepared(cache: Path, depends_on: Mapping[str, Any], make: Callable[[Path], 
     return folder
 
 
+def cache_folder(cache_dir: str | None, first: str) -> Path:
+    """Return the folder for what is made from data whose first file is *first*.
+
+    Raises:
+        DataError: If that is in an object store and no folder is named.
+    """
+    if cache_dir is None and locations.is_remote(first):
+        raise DataError(
+            f"dataset.cache_dir is not set, and {first} has no folder of this machine beside it;"
+            " name a folder that all ranks see"
+        )
+    return Path(cache_dir or Path(first).parent / ".mb-cache").expanduser()
+
+
 def digests(paths: Sequence[str]) -> dict[str, str]:
-    """Return a hash of the content of each of *paths*.
+    """Return a hash of the content of each of *paths*; in an object store, of its size and time.
 
     Raises:
         DataError: If one cannot be read.
@@ -159,6 +174,10 @@ def digests(paths: Sequence[str]) -> dict[str, str]:
     for path in paths:
         digest = hashlib.blake2b(digest_size=16)
         try:
+            if locations.is_remote(path):
+                digest.update(repr(tuple(locations.stamp(path))).encode())
+                found[path] = digest.hexdigest()
+                continue
             with Path(path).open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -16,13 +15,20 @@ from mb_engine.data.chat import load_chat_template
 from mb_engine.data.errors import DataError
 from mb_engine.data.packing import pack
 from mb_engine.data.records import BadRecords, read_records
-from mb_engine.data.sample_store import SampleStore, digests, prepared, write_rows
+from mb_engine.data.sample_store import (
+    SampleStore,
+    cache_folder,
+    digests,
+    prepared,
+    write_rows,
+)
 from mb_engine.data.sft import Counts, Sample, SampleMaker
 from mb_engine.data.text import expand
 from mb_engine.data.tokenizers import fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from mb_config import ConfigContainer
     from numpy.typing import NDArray
@@ -70,6 +76,7 @@ def prepare(config: ConfigContainer, tokenizer: Tokenizer, part: Part) -> Sample
     sources = [expand([path], setting=part.setting) for path in part.paths]
     if not sources:
         raise DataError(f"{part.setting} names no files; name JSONL or Parquet files")
+    cache = cache_folder(settings.cache_dir, sources[0][0])
     depends_on = {
         "tokenizer": fingerprint(tokenizer),
         "template": None if template is None else [template.source, dict(template.special_tokens)],
@@ -80,7 +87,6 @@ def prepare(config: ConfigContainer, tokenizer: Tokenizer, part: Part) -> Sample
         "share": part.share,
         "seed": config.rng.seed,
     }
-    cache = Path(settings.cache_dir or Path(sources[0][0]).parent / ".mb-cache").expanduser()
     folder = prepared(cache, depends_on, lambda where: _make(where, config, maker, sources, part))
     store = SampleStore.read(folder)
     logger.info("%s: %s (prepared in %s)", part.name, _in_words(store.report), folder)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import glob
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mb_engine.data import locations
 from mb_engine.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def load_tokens(paths: Sequence[str], tokenizer: Tokenizer, *, setting: str) -> 
     """Return the tokens of all *paths*, each document followed by the end-of-document token.
 
     Args:
-        paths: Text files in UTF-8, patterns as the shell has them, and ``"pydoc:topics"``, the
+        paths: Text files in UTF-8 here or in object stores, patterns as the shell has them, and ``"pydoc:topics"``, the
             Python documentation that every CPython carries. Matches are read in sorted order.
         tokenizer: Text of more than 4 Mi characters is given to it in pieces that end with a line.
         setting: The configuration field that names the paths, for messages.
@@ -58,14 +58,16 @@ def expand(paths: Sequence[str], *, setting: str) -> list[str]:
         raise DataError(f"{setting} names no files; name text files, or {PYDOC_TOPICS}")
     found: list[str] = []
     for path in paths:
-        pattern = str(Path(path).expanduser()) if path != PYDOC_TOPICS else path
-        if path == PYDOC_TOPICS or not glob.has_magic(pattern) or Path(pattern).exists():
-            found.append(pattern)
-            continue
-        matches = [m for m in sorted(glob.glob(pattern, recursive=True)) if Path(m).is_file()]  # noqa: PTH207
-        if not matches:
+        plain = path == PYDOC_TOPICS or locations.is_remote(path)
+        pattern = path if plain else str(Path(path).expanduser())
+        try:
+            matches = None if path == PYDOC_TOPICS else locations.matches(pattern)
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise DataError(f"{setting}: {path!r} cannot be listed ({reason})") from error
+        if matches == []:
             raise DataError(f"{setting}: no file matches {path!r}; correct the pattern")
-        found += matches
+        found += [pattern] if matches is None else matches
     return found
 
 
@@ -75,7 +77,8 @@ def _text(source: str, setting: str) -> str:
 
         return "\n".join(topics[name] for name in sorted(topics))
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        with locations.open_bytes(source) as file:
+            text = file.read().decode()
     except FileNotFoundError as error:
         raise DataError(
             f"{setting}: {source} does not exist; correct the path (it is relative to the working"
@@ -83,7 +86,7 @@ def _text(source: str, setting: str) -> str:
         ) from error
     except OSError as error:
         raise DataError(
-            f"{setting}: {source} cannot be read ({error.strerror}); name a readable text file"
+            f"{setting}: {source} cannot be read ({error.strerror or error}); name a readable text file"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(
