@@ -12,10 +12,11 @@ from attrs import define, field, frozen
 from mb_ckpt.collector import paused
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.host_memory import HostMemory
+from mb_ckpt.memo import Memo
 from mb_ckpt.planning import Share, agree
 from mb_ckpt.saver import Job, SaveHandle, Saver
 from mb_ckpt.staging import Fence, HostBuffer
-from mb_ckpt.state import FlatState, Spec, flatten
+from mb_ckpt.state import FlatState, flatten
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +66,7 @@ class Stager:
         self._buffer = HostBuffer(self._memory)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mb-ckpt")
         self._share: Share | None = None
-        self._memo: dict[Any, Spec] = {}
+        self._memo = Memo()
 
     @property
     def descriptor(self) -> int:

@@ -18,8 +18,9 @@ from mb_ckpt.boxes import Box, flat_boxes
 from mb_ckpt.dtensors import is_dtensor, local_shard
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.megatron_states import is_sharded
+from mb_ckpt.memo import KnownMapping, Memo
+from mb_ckpt.storable import TENSORS, check_storable
 
-_TENSORS = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _NAMES = {
     value: str(value).removeprefix("torch.")
     for value in vars(torch).values()
@@ -53,6 +54,10 @@ class Spec:
     replica_id: int = 0
     plain: bool = False
     fixed: bool = False
+
+    def is_like(self, data: Tensor) -> bool:
+        """Return whether *data* has the shape and dtype of the piece."""
+        return self.held == data.shape and self.dtype == _NAMES[data.dtype]
 
 
 @frozen(eq=False)
@@ -117,7 +122,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def flatten(
-    state: Mapping[str, Any], *, loading: bool = False, memo: dict[Any, Spec] | None = None
+    state: Mapping[str, Any], *, loading: bool = False, memo: Memo | None = None
 ) -> FlatState:
     """Return the pieces and the plain data of a nested *state*.
 
@@ -125,18 +130,17 @@ def flatten(
         state: See `CheckpointStore.save`.
         loading: Set objects with ``load_state_dict`` that are not modules apart instead of asking
             for their ``state_dict``, which is empty before the first step of an optimizer.
-        memo: Specs of an earlier call. Those that are met again are taken from there, the very
-            objects; it then holds the specs of this state alone.
+        memo: Of an earlier call. Specs that are met again are taken from there, the very objects; it
+            then holds those of this state alone.
 
     Raises:
         CheckpointError: If a leaf cannot be stored, a shard contradicts itself or two plain tensors
             have one key.
     """
-    walk = _Walk(loading=loading, known=memo if memo is not None else {})
+    walk = _Walk(loading=loading, known=Memo() if memo is None else memo)
     tree = walk.visit(state, "")
     if memo is not None:
-        memo.clear()
-        memo.update(walk.met)
+        memo.specs, memo.mappings = walk.met.specs, walk.met.mappings
     return FlatState(
         specs=walk.specs,
         tensors=walk.tensors,
@@ -151,10 +155,10 @@ def flatten(
 class _Walk:
     """One walk over a state. Written for states of 10,000 small tensors: few steps a tensor."""
 
-    def __init__(self, *, loading: bool, known: dict[Any, Spec]) -> None:
+    def __init__(self, *, loading: bool, known: Memo) -> None:
         self.loading = loading
         self.known = known
-        self.met: dict[Any, Spec] = {}
+        self.met = Memo()
         self.specs: list[Spec] = []
         self.tensors: list[Tensor] = []
         self.modules: list[Stateful] = []
@@ -178,20 +182,43 @@ class _Walk:
         return self._other(value, path)
 
     def _mapping(self, value: Mapping[Any, Any], below: str) -> Any:
-        items = []
+        if (again := self.known.mappings.get(below)) and self._take_again(again, value, below):
+            return again.tree
+        items, first = [], len(self.specs)
         for key, item in value.items():
             path = f"{below}{key}"
-            if type(item) in _TENSORS:  # nearly always: spared the questions that others need
+            if type(item) in TENSORS:  # nearly always: spared the questions that others need
                 self._plain(item, path)
                 items.append((key, {"$tensor": path}))
                 continue
             plain = self.visit(item, path)
             if plain is not plain_tree.ABSENT:
                 items.append((key, plain))
-        return plain_tree.encode_items(items)
+        tree = plain_tree.encode_items(items)
+        self._remember(value, below, tree, first)
+        return tree
+
+    def _take_again(self, again: KnownMapping, value: Mapping[Any, Any], below: str) -> bool:
+        """Take in all of *value* at once, if nothing of it is new but its values."""
+        tensors = again.tensors(value, TENSORS, self.buffers)
+        if tensors is None or not self.seen.keys().isdisjoint(again.specs):
+            return False
+        self.changing += [len(self.specs) + i for i in again.changing]
+        self.specs += again.specs.values()
+        self.tensors += tensors
+        self.seen |= dict.fromkeys(again.specs, True)
+        self.met.specs.update(again.specs)
+        self.met.mappings[below] = again
+        return True
+
+    def _remember(self, value: Mapping[Any, Any], below: str, tree: Any, first: int) -> None:
+        """Keep what was found of *value*, whose specs begin at *first*, if it is tensors alone."""
+        found = KnownMapping.of(value, TENSORS, self.specs[first:], self.buffers, tree)
+        if found is not None:
+            self.met.mappings[below] = found
 
     def _tensor(self, value: Tensor, path: str) -> Any:
-        if type(value) not in _TENSORS and is_dtensor(value):
+        if type(value) not in TENSORS and is_dtensor(value):
             shard = local_shard(value, path)
             if shard is None:
                 return plain_tree.ABSENT
@@ -260,18 +287,18 @@ class _Walk:
         if key in self.seen:
             raise CheckpointError(f"two tensors of the state have the key {key!r}: rename one")
         self.seen[key] = True
-        spec = self.known.get(key)
-        if spec is None or spec.held != tensor.shape or spec.dtype != _NAMES[tensor.dtype]:
-            spec = whole(tensor, key, fixed=key in self.buffers)
+        spec, fixed = self.known.specs.get(key), key in self.buffers
+        if spec is None or not spec.is_like(tensor) or spec.fixed != fixed:
+            spec = whole(tensor, key, fixed=fixed)
         if not (
             tensor.layout is torch.strided
-            and type(tensor) in _TENSORS
+            and type(tensor) in TENSORS
             and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
         ):
             check_storable(tensor, key)
         if spec.fixed:
             self.changing.append(len(self.specs))
-        self.met[key] = spec
+        self.met.specs[key] = spec
         self.specs.append(spec)
         self.tensors.append(tensor)
 
@@ -281,8 +308,8 @@ class _Walk:
             shard.key, shard.dtype, shard.global_shape, shard.offset, shard.local_shape,
             shard.flat_range, shard.replica_id,
         )  # fmt: skip
-        spec = self.known.get(identity)
-        if spec is None or spec.held != data.shape or spec.dtype != _NAMES[data.dtype]:
+        spec = self.known.specs.get(identity)
+        if spec is None or not spec.is_like(data):
             spec = _of_shard(shard)
         check_storable(data, shard.key)
         self.seen.setdefault(shard.key, False)
@@ -290,7 +317,7 @@ class _Walk:
             raise CheckpointError(
                 f"two tensors of the state have the key {shard.key!r}: rename one"
             )
-        self.met[identity] = spec
+        self.met.specs[identity] = spec
         self.specs.append(spec)
         self.tensors.append(data)
 
@@ -359,18 +386,3 @@ def _boxes(shard: TensorShard) -> tuple[tuple[Box, ...], tuple[int, ...]]:
         for part in flat_boxes(local, start, stop)
     )
     return boxes, (stop - start,)
-
-
-def check_storable(data: Tensor, key: str) -> None:
-    """Refuse kinds of tensors whose values are not all in their own dense memory."""
-    if type(data) not in _TENSORS:
-        raise CheckpointError(
-            f"state {key!r} is a {type(data).__name__}: give its local piece as a TensorShard"
-        )
-    if data.layout is not torch.strided or data.is_meta or data.is_quantized:
-        raise CheckpointError(
-            f"state {key!r} is {data.layout}, {data.dtype} on {data.device}: only dense, "
-            "unquantised tensors with data can be stored"
-        )
-    if data.is_conj() or data.is_neg():
-        raise CheckpointError(f"state {key!r} is a lazy conjugate: use its .resolve_conj()")

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors can be stored as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mb_ckpt.errors import CheckpointError
+
+TENSORS: frozenset[type] = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
+"""Types of tensors that are nothing but their values; other subclasses mean something more."""
+
+
+def check_storable(data: Tensor, key: str) -> None:
+    """Refuse kinds of tensors whose values are not all in their own dense memory."""
+    if type(data) not in TENSORS:
+        raise CheckpointError(
+            f"state {key!r} is a {type(data).__name__}: give its local piece as a TensorShard"
+        )
+    if data.layout is not torch.strided or data.is_meta or data.is_quantized:
+        raise CheckpointError(
+            f"state {key!r} is {data.layout}, {data.dtype} on {data.device}: only dense, "
+            "unquantised tensors with data can be stored"
+        )
+    if data.is_conj() or data.is_neg():
+        raise CheckpointError(f"state {key!r} is a lazy conjugate: use its .resolve_conj()")
