@@ -14,6 +14,9 @@ from mb_ckpt.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MOST_PLACES = 1 << 14
+_PLACES: dict[Any, tuple[tuple[int, ...], tuple[int, ...], int]] = {}
+
 
 def is_dtensor(value: Any) -> bool:
     """Return whether *value* is a DTensor, without importing what defines them."""
@@ -34,8 +37,6 @@ def local_shard(value: Any, key: str) -> TensorShard | None:
     Raises:
         CheckpointError: If it holds partial sums.
     """
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     mesh, placements = value.device_mesh, value.placements
     coordinate = mesh.get_coordinate()
     if coordinate is None:
@@ -44,18 +45,41 @@ def local_shard(value: Any, key: str) -> TensorShard | None:
         raise CheckpointError(
             f"state {key!r} is a DTensor of partial sums, {placements}: redistribute it first"
         )
-    shape, offset = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    replicated = (c for c, p in zip(coordinate, placements, strict=True) if p.is_replicate())
-    data: Tensor = value.detach().to_local()
+    global_shape = tuple(value.shape)
+    # Depends on these alone, and takes longer than all the rest.
+    asked = (global_shape, tuple(mesh.shape), tuple(coordinate), tuple(placements))
+    known = _PLACES.get(asked)
+    if known is None:
+        if len(_PLACES) >= _MOST_PLACES:
+            _PLACES.clear()
+        known = _PLACES[asked] = _place(value.shape, mesh, placements)
+    shape, offset, replica_id = known
     return TensorShard(
         key=key,
-        data=data,
-        global_shape=tuple(value.shape),
-        offset=tuple(offset),
-        local_shape=tuple(shape),
+        data=_local(value),
+        global_shape=global_shape,
+        offset=offset,
+        local_shape=shape,
         dtype=str(value.dtype).removeprefix("torch."),
-        replica_id=int(any(replicated)),
+        replica_id=replica_id,
     )
+
+
+def _place(shape: Any, mesh: Any, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return local shape, offset and ``replica_id`` of this rank's piece."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    coordinates = zip(mesh.get_coordinate(), placements, strict=True)
+    replicated = (c for c, p in coordinates if p.is_replicate())
+    return tuple(local), tuple(offset), int(any(replicated))
+
+
+def _local(value: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        value = value.detach()  # else there would be a graph of it
+    data: Tensor = value.to_local()
+    return data
 
 
 def room_like_parameter(target: Any, name: str, shape: tuple[int, ...], dtype: str) -> Any:

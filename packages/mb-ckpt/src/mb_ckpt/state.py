@@ -138,7 +138,8 @@ def flatten(
             have one key.
     """
     walk = _Walk(loading=loading, known=Memo() if memo is None else memo)
-    tree = walk.visit(state, "")
+    with torch.no_grad():
+        tree = walk.visit(state, "")
     if memo is not None:
         memo.specs, memo.mappings = walk.met.specs, walk.met.mappings
     return FlatState(
