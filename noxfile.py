@@ -64,7 +64,7 @@ PYTHON = find_python()
 BUILT: set[str] = set()
 ENGINE_TESTS = PACKAGES["mb-engine"] / "tests"
 MODES = ENGINE_TESTS / "parity"
-ROOMS = {"data": ("data",), "plan": ("plan", "recipes")}
+ROOMS = {"data": ("data",), "model": ("model", "attention"), "plan": ("plan", "recipes")}
 """Folders of the engine's tests that have a session of their own, so that each stays short."""
 TOGETHER = {path.name: path for path in sorted((ROOT / "tests").glob("*/"))}
 TOOLS = {"object_stores": "moto[server]"}

@@ -7,6 +7,7 @@ A rank is a new interpreter: some contenders start processes, which those of a p
 from __future__ import annotations
 
 import gc
+import contextlib
 import json
 import logging
 import os
@@ -30,14 +31,15 @@ def run(task: Task, ranks: int, *, timeout_s: float = 1800.0) -> Any:
     Raises:
         RuntimeError: If a rank failed; its output is in the message.
     """
-    from mb_engine.testing import free_port
+    from mb_engine.testing import reserved_port
 
     folder = Path(task["root"])
     folder.mkdir(parents=True, exist_ok=True)
     answer = folder / "answer.json"
     answer.unlink(missing_ok=True)
-    port = free_port()
     processes = []
+    holder = contextlib.ExitStack()
+    port = holder.enter_context(reserved_port())
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         log = (folder / f"log_{rank}").open("w+")
@@ -57,6 +59,7 @@ def run(task: Task, ranks: int, *, timeout_s: float = 1800.0) -> Any:
         for child, _ in processes:
             child.kill()
             child.wait()
+        holder.close()
     for code, (_, log) in zip(codes, processes, strict=True):
         log.seek(0)
         if code:

@@ -113,24 +113,30 @@ def run_ranks(
         folder = Path(name)
         call = (function.__module__, inspect.getfile(function), function.__qualname__, args)
         (folder / "call").write_bytes(pickle.dumps(call))
-        port = free_port()
         processes: list[BaseProcess] = []
-        try:
-            places = [_place(folder, rank, ranks, port) for rank in range(ranks)]
-            processes.extend(_start(place, fresh=fresh) for place in places)
-            _wait(processes, folder, time.monotonic() + timeout_s)
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        with reserved_port() as port:
+            try:
+                places = [_place(folder, rank, ranks, port) for rank in range(ranks)]
+                processes.extend(_start(place, fresh=fresh) for place in places)
+                _wait(processes, folder, time.monotonic() + timeout_s)
+            finally:
+                for process in processes:
+                    process.kill()
+                    process.join()
         return [_load(folder / f"result_{rank}") for rank in range(ranks)]
 
 
-def free_port() -> int:
-    """Return a TCP port of this machine that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """Give a TCP port on which one process may listen, and which no other is given meanwhile.
+
+    The first rank listens only seconds after the port was chosen. A socket that is bound to it and
+    does not listen keeps the system from giving it away, and as both allow reuse, not the rank.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 def _place(folder: Path, rank: int, ranks: int, port: int) -> _Place:

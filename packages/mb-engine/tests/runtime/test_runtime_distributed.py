@@ -12,7 +12,7 @@ from mb_config import ConfigError
 from mb_engine.errors import EngineError
 from mb_engine.runtime.device import select_device
 from mb_engine.runtime.distributed import initialize, shutdown, world_size_from_environment
-from mb_engine.testing import free_port, run_ranks, tiny_config
+from mb_engine.testing import reserved_port, run_ranks, tiny_config
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without CUDA")
 LAUNCHED = {
@@ -111,12 +111,12 @@ def test_a_port_in_use_is_named(monkeypatch):
 
 
 def test_ranks_that_do_not_come_are_reported_after_the_timeout(monkeypatch):
-    environment = LAUNCHED | {"MASTER_PORT": str(free_port()), "RANK": "1", "WORLD_SIZE": "2"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
     config = tiny_config(TP, "dist.distributed_timeout_minutes=0.02").finalize(2)
     message = r"^rank 1 of 2 could not join the others at MASTER_ADDR=127.0.0.1 MASTER_PORT=\d+ \("
-    with pytest.raises(EngineError, match=message) as caught:
+    with reserved_port() as port, pytest.raises(EngineError, match=message) as caught:
+        environment = LAUNCHED | {"MASTER_PORT": str(port), "RANK": "1", "WORLD_SIZE": "2"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         initialize(config)
     assert "\n" not in str(caught.value)
 

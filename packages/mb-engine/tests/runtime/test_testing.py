@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from mb_engine.testing import RankError, free_port, run_ranks, tiny_config
+import torch
+from mb_engine.testing import RankError, reserved_port, run_ranks, tiny_config
 
 pytestmark = pytest.mark.dist
 
@@ -103,8 +106,14 @@ def test_a_function_of_an_installed_module_runs_too():
     assert run_ranks(subprocess.getoutput, 1, "echo hello") == ["hello"]
 
 
-def test_a_free_port_can_be_bound():
-    assert 1024 <= free_port() < 65536
+def test_a_reserved_port_is_for_one_who_listens_and_given_to_no_other():
+    with reserved_port() as port, contextlib.ExitStack() as sockets:
+        others = [sockets.enter_context(socket.socket()) for _ in range(500)]
+        for other in others:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(("127.0.0.1", 0))
+        assert port not in {other.getsockname()[1] for other in others}
+        torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True).set("key", "value")
 
 
 def test_the_tiny_configuration_takes_overrides():
