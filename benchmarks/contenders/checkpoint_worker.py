@@ -6,8 +6,8 @@ A rank is a new interpreter: some contenders start processes, which those of a p
 
 from __future__ import annotations
 
-import gc
 import contextlib
+import gc
 import json
 import logging
 import os

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from mb_engine.testing import RankError, reserved_port, run_ranks, tiny_config
 
 pytestmark = pytest.mark.dist
@@ -113,7 +112,10 @@ def test_a_reserved_port_is_for_one_who_listens_and_given_to_no_other():
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             other.bind(("127.0.0.1", 0))
         assert port not in {other.getsockname()[1] for other in others}
-        torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True).set("key", "value")
+        # Not at the top: ranks load this file, and a fresh one imports nothing more.
+        from torch.distributed import TCPStore
+
+        TCPStore("127.0.0.1", port, 1, is_master=True).set("key", "value")
 
 
 def test_the_tiny_configuration_takes_overrides():
