@@ -15,6 +15,7 @@ from mb_ckpt.tensorstore_io import CONTEXT, below
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from mb_ckpt.on_demand import BytesOnDemand
     from mb_ckpt.tensorstore_io import Bytes
 
 INNER_BYTES = 1 << 20
@@ -103,7 +104,9 @@ def open_array(kvstore: Mapping[str, Any], path: str, metadata: Mapping[str, Any
     return ts.open(spec, open=True, assume_metadata=True, context=CONTEXT).result()
 
 
-def write_array(kvstore: Mapping[str, Any], path: str, data: Bytes, grid: Grid) -> None:
+def write_array(
+    kvstore: Mapping[str, Any], path: str, data: Bytes | BytesOnDemand, grid: Grid
+) -> None:
     """Write *data* (1-D, not empty) as the packed array at *path*; durable on return.
 
     Raises:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +95,7 @@ class Stager:
         try:
             with paused():
                 flat = flatten(state, memo=self._memo)
+            self._check_readers(flat)
         except Exception as e:
             refusal = e
             if self._back.size == 1:
@@ -124,7 +126,8 @@ class Stager:
         snapshot: Snapshot | None = None
         problem: Exception | None = None
         try:
-            snapshot, _ = self._buffer.stage(share, wanted.flat.tensors)
+            flat = wanted.flat
+            snapshot, _ = self._buffer.stage(share, flat.tensors, readers=flat.readers)
         except Exception as e:  # noqa: BLE001  # the other ranks are told by the job
             problem = e
 
@@ -134,8 +137,11 @@ class Stager:
             return snapshot
 
         job = _job(wanted, agree=lambda: share, stage=staged, let_go=_nothing)
+        future = self._thread.submit(saver.run, job)
         fence = None if snapshot is None else snapshot.wait
-        return SaveHandle(wanted.step, wanted.path, self._thread.submit(saver.run, job), fence)
+        if wanted.flat.readers:  # nothing is copied before it is written
+            fence = partial(_wait, future)
+        return SaveHandle(wanted.step, wanted.path, future, fence)
 
     def _begin_lazy(self, saver: Saver, wanted: _Wanted) -> SaveHandle:
         behind = _Behind(wanted.flat.tensors)
@@ -158,6 +164,14 @@ class Stager:
         future = self._thread.submit(saver.run, job)
         return SaveHandle(wanted.step, wanted.path, future, behind.fence.wait)
 
+    def _check_readers(self, flat: FlatState) -> None:
+        if flat.readers and (self._lazy or self._memory.descriptor >= 0):
+            key = flat.specs[next(iter(flat.readers))].key
+            raise CheckpointError(
+                f"shard {key!r} is read when it is written: that needs a store with "
+                "staging='eager' and writer='thread'"
+            )
+
     def _agreed(self, ranks: Ranks, wanted: _Wanted) -> Share:
         specs = wanted.flat.specs
         self._share = agree(ranks, wanted.step, specs, self._share, wanted.error)
@@ -176,6 +190,10 @@ def _event_now(tensors: list[torch.Tensor]) -> Any:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+def _wait(future: Future[Any]) -> None:
+    wait([future])
 
 
 def _nothing() -> None:

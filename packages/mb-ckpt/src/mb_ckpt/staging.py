@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mb_ckpt.on_demand import BytesOnDemand
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mb_ckpt.host_memory import HostMemory
     from mb_ckpt.planning import Share
+    from mb_ckpt.storable import Rows
     from mb_ckpt.tensorstore_io import Bytes
 
 
 class Snapshot:
     """Staged values: nobody but the writer touches them until the buffer is staged into again."""
 
-    def __init__(self, data: Bytes, event: Any = None) -> None:
+    def __init__(self, data: Bytes | BytesOnDemand, event: Any = None) -> None:
         self.data = data
         self._event = event
 
@@ -70,7 +73,12 @@ class HostBuffer:
         self._stream: Any = None
 
     def stage(
-        self, share: Share, tensors: Sequence[torch.Tensor], *, ready: Any = None
+        self,
+        share: Share,
+        tensors: Sequence[torch.Tensor],
+        *,
+        ready: Any = None,
+        readers: Mapping[int, Rows] | None = None,
     ) -> tuple[Snapshot, Any]:
         """Copy what *share* says out of *tensors*.
 
@@ -80,10 +88,14 @@ class HostBuffer:
             ready: A CUDA event after which the values may be read. With it copies from CUDA run on a
                 stream of their own, else on the current stream, where what is queued later finds
                 them done.
+            readers: By index of the piece, what reads values that are not here. If there are any,
+                nothing is copied: all values are read when they are written.
 
         Returns:
             The copy, and the CUDA event that follows it, None without CUDA.
         """
+        if readers:
+            return Snapshot(BytesOnDemand(share, tensors, readers)), None
         sources = [
             tensors[part.index] if part.rows is None else tensors[part.index].narrow(*part.rows)
             for part in share.parts

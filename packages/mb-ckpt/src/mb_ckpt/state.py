@@ -19,7 +19,7 @@ from mb_ckpt.dtensors import is_dtensor, local_shard
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.megatron_states import is_sharded
 from mb_ckpt.memo import KnownMapping, Memo
-from mb_ckpt.storable import TENSORS, check_storable
+from mb_ckpt.storable import TENSORS, Rows, check_readable, check_storable
 
 _NAMES = {
     value: str(value).removeprefix("torch.")
@@ -105,6 +105,7 @@ class FlatState:
         statefuls: Other objects with a state, when loading; their tensors are not among them.
         changing: Indices of values that a forward pass may change: buffers of modules.
         objects: Objects of megatron-core, when loading.
+        readers: By index, what reads values that are to be read when they are written.
     """
 
     specs: list[Spec] = field(factory=list)
@@ -114,6 +115,7 @@ class FlatState:
     statefuls: list[Stateful] = field(factory=list)
     changing: list[int] = field(factory=list)
     objects: list[megatron_states.ObjectToFill] = field(factory=list)
+    readers: dict[int, Rows] = field(factory=dict)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -150,6 +152,7 @@ def flatten(
         statefuls=walk.statefuls,
         changing=walk.changing,
         objects=walk.objects,
+        readers=walk.readers,
     )
 
 
@@ -166,6 +169,7 @@ class _Walk:
         self.statefuls: list[Stateful] = []
         self.changing: list[int] = []
         self.objects: list[megatron_states.ObjectToFill] = []
+        self.readers: dict[int, Rows] = {}
         self.seen: dict[str, bool] = {}
         self.buffers: set[str] = set()
 
@@ -312,7 +316,11 @@ class _Walk:
         spec = self.known.specs.get(identity)
         if spec is None or not spec.is_like(data):
             spec = _of_shard(shard)
-        check_storable(data, shard.key)
+        if shard.read_rows is None or self.loading:
+            check_storable(data, shard.key)
+        else:
+            check_readable(data, shard.key)
+            self.readers[len(self.specs)] = shard.read_rows
         self.seen.setdefault(shard.key, False)
         if self.seen[shard.key]:
             raise CheckpointError(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from mb_ckpt.errors import CheckpointError
 
 TENSORS: frozenset[type] = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffer))
 """Types of tensors that are nothing but their values; other subclasses mean something more."""
+
+Rows = Callable[[int, int], Tensor]
+"""Returns rows of a tensor, from the first up to and without the second number."""
 
 
 def check_storable(data: Tensor, key: str) -> None:
@@ -25,3 +30,12 @@ def check_storable(data: Tensor, key: str) -> None:
         )
     if data.is_conj() or data.is_neg():
         raise CheckpointError(f"state {key!r} is a lazy conjugate: use its .resolve_conj()")
+
+
+def check_readable(data: Tensor, key: str) -> None:
+    """Refuse a shard whose values are to be read by rows but has none, or has values already."""
+    if not data.is_meta or not data.dim():
+        raise CheckpointError(
+            f"shard {key!r} has read_rows and {data.dtype} {list(data.shape)} on {data.device}: "
+            "its data must be on meta and have a dimension"
+        )

@@ -11,13 +11,14 @@ from mb_ckpt.zarr_arrays import GROUP, write_arrays
 
 if TYPE_CHECKING:
     from mb_ckpt.interfaces import Store
+    from mb_ckpt.on_demand import BytesOnDemand
     from mb_ckpt.tensorstore_io import Bytes
 
 Task = dict[str, Any]
 """JSON data: ``path``, ``nbytes``, ``compression`` and, in layout zarr, ``arrays``."""
 
 
-def perform(store: Store, task: Task, data: Bytes) -> dict[str, Any] | None:
+def perform(store: Store, task: Task, data: Bytes | BytesOnDemand) -> dict[str, Any] | None:
     """Write *data* as *task* says; durable on return.
 
     Args:

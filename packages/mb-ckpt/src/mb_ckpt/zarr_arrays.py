@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from mb_ckpt.boxes import Box
+    from mb_ckpt.on_demand import BytesOnDemand
     from mb_ckpt.tensorstore_io import Bytes
 
 CHUNK_BYTES = 8 << 20
@@ -131,7 +132,10 @@ GROUP = encode_metadata({"zarr_format": 3, "node_type": "group", "attributes": {
 
 
 def write_arrays(
-    kvstore: Mapping[str, Any], path: str, data: Bytes, arrays: Iterable[Mapping[str, Any]]
+    kvstore: Mapping[str, Any],
+    path: str,
+    data: Bytes | BytesOnDemand,
+    arrays: Iterable[Mapping[str, Any]],
 ) -> None:
     """Write boxes of tensors out of *data* into their arrays below *path*; durable on return.
 

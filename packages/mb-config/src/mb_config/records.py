@@ -6,7 +6,7 @@ A new field with a default is a minor version of this package; any other change 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import Factory, field, frozen
@@ -34,6 +34,9 @@ class TensorShard:
         dtype: Name as torch prints it without the prefix, such as ``"bfloat16"``.
         replica_id: 0 on the one rank that writes this piece, positive on ranks with a copy of it.
         flat_range: Elements of the box that are here, or None for all of them.
+        read_rows: Where ``data`` is on ``meta``, for a save: returns its rows ``start:stop`` along the
+            first dimension, when they are written. So a state may be larger than the memory. None
+            where ``data`` has values.
     """
 
     key: str
@@ -44,6 +47,7 @@ class TensorShard:
     dtype: str
     replica_id: int = 0
     flat_range: tuple[int, int] | None = None
+    read_rows: Callable[[int, int], Tensor] | None = None
 
 
 @frozen(kw_only=True)
