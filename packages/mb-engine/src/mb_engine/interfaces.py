@@ -32,7 +32,8 @@ class Checkpointer(Protocol):
     """Keeps training states by step. Every method is called on all ranks together.
 
     A state is a nested mapping whose leaves are ``TensorShard`` records, lists of them, tensors
-    that are the same on every rank, or plain data.
+    that are the same on every rank, or plain data. Values of a shard with ``read_rows`` are to be read
+    when they are written; only the conversion of Hugging Face folders saves such shards.
     """
 
     def save(self, step: int, state: Mapping[str, Any]) -> SaveHandle:

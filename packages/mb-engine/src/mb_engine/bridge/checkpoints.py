@@ -3,25 +3,36 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from mb_config import CheckpointConfig, ConfigContainer
 from mb_config.records import ProcessLayout, TensorShard
 
 from mb_engine.bridge.config import config_from_hf
 from mb_engine.bridge.errors import BridgeError
-from mb_engine.bridge.live import fill_shards
-from mb_engine.bridge.loading import PREFIX, by_key, whole_shapes
-from mb_engine.bridge.source import read_config, shards_to_fill, source_of, with_source
+from mb_engine.bridge.live import open_folder
+from mb_engine.bridge.loading import PREFIX, by_key, rows_of, whole_shapes
+from mb_engine.bridge.source import (
+    read_config,
+    read_source,
+    shards_to_fill,
+    source_of,
+    with_source,
+)
 from mb_engine.bridge.writing import Outgoing
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from mb_config import ModelConfig
+
     from mb_engine.bridge.mapping import Table, Target
+    from mb_engine.bridge.source import HubSource
     from mb_engine.interfaces import Checkpointer
 
 _BATCH_BYTES = 64 << 20
@@ -32,14 +43,14 @@ def import_hf(
 ) -> ConfigContainer:
     """Write the weights of a Hugging Face folder as step 0 of a checkpoint, which any layout loads.
 
-    Needs no GPU and no model in memory, but the weights, in the dtype of the folder's config.json:
-    a checkpoint is saved as a whole. To start a run from the folder itself, which needs no more
-    than a block of rows beside the model, give it as ``checkpoint.pretrained_checkpoint``.
+    Needs neither a GPU nor a model in memory: weights are read when they are written, a block of
+    rows at a time, into the dtype of the folder's ``config.json``.
 
     Args:
         folder: With ``config.json`` and safetensors files.
         save: Folder or URL of the checkpoint.
-        backend: Name of the checkpoint writer in the entry-point group ``mb.checkpointers``.
+        backend: Name of the checkpoint writer in the entry-point group ``mb.checkpointers``; it
+            must take shards with ``read_rows``.
 
     Returns:
         The configuration of the model, as :func:`mb_engine.bridge.config_from_hf` returns it.
@@ -54,20 +65,31 @@ def import_hf(
     folder = Path(folder)
     config = config_from_hf(folder)
     resolved = _resolved(config)
-    table = read_config(folder)[1].table(resolved.model, _names(folder))
-    dtype = getattr(torch, resolved.model.params_dtype or "float32")
-    shards = [
-        _shard(key, shape, torch.empty(shape, dtype=dtype))
-        for key, shape in whole_shapes(table).items()
-    ]
-    source = fill_shards(shards, resolved.model, folder)
+    shards, source = _unread(folder, resolved.model)
     layout = ProcessLayout()
     run = train_state.plain_state(resolved, layout, train_state.TrainState())
     run |= {"has_rng": False, "scaling_history": []}
-    checkpointer = _checkpointer(CheckpointConfig(save=str(save), backend=backend))
+    own = CheckpointConfig(save=str(save), backend=backend, staging="eager", writer="thread")
     state = with_source({"model": shards, "run": run}, source, rank=0)
+    checkpointer = _checkpointer(own)
     checkpointer.save(0, state).result()
+    _close(checkpointer)
     return config
+
+
+def _unread(folder: Path, model: ModelConfig) -> tuple[list[TensorShard], HubSource]:
+    """Return all tensors of *folder* as shards that are read when they are written."""
+    dtype = getattr(torch, model.params_dtype or "float32")
+    table = read_config(folder)[1].table(model, _names(folder))
+    shards = [
+        _shard(key, shape, torch.empty(shape, dtype=dtype, device="meta"))
+        for key, shape in whole_shapes(table).items()
+    ]
+    table, hub = open_folder(shards, model, folder)
+    targets = by_key(table)
+    read = [partial(rows_of, shard, targets=targets, hub=hub) for shard in shards]
+    pairs = zip(shards, read, strict=True)
+    return [attrs.evolve(shard, read_rows=one) for shard, one in pairs], read_source(folder, hub)
 
 
 def export_hf(
@@ -178,6 +200,13 @@ def _names(folder: Path) -> Any:
     from mb_engine.bridge.hub_format import open_tensors
 
     return open_tensors(folder).entries
+
+
+def _close(checkpointer: Checkpointer) -> None:
+    """Let others write there, where that is a matter at all."""
+    close = getattr(checkpointer, "close", None)
+    if close is not None:
+        close()
 
 
 def _checkpointer(config: CheckpointConfig) -> Checkpointer:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mb_config.records import TensorShard
     from torch import Tensor
 
+    from mb_engine.bridge.hub_format import HubTensors
     from mb_engine.bridge.mapping import Table, Target
     from mb_engine.bridge.source import HubSource
     from mb_engine.train.engine import Engine
@@ -68,6 +69,21 @@ def fill_shards(shards: Sequence[TensorShard], model: ModelConfig, folder: Path)
         model: The resolved model section.
         folder: With ``config.json`` and safetensors files.
     """
+    table, hub = open_folder(shards, model, folder)
+    targets = by_key(table)
+    for shard in shards:
+        fill(shard, targets, hub)
+    return read_source(folder, hub)
+
+
+def open_folder(
+    shards: Sequence[TensorShard], model: ModelConfig, folder: Path
+) -> tuple[Table, HubTensors]:
+    """Return the mapping of *folder* and its tensors, once all is known to fit; see `fill_shards`.
+
+    Raises:
+        BridgeError: As :func:`load_hf`.
+    """
     config, chosen = read_config(folder)
     theirs = model_from_hf(config, chosen, where=folder / "config.json")
     differences = mismatches(model, theirs)
@@ -80,10 +96,7 @@ def fill_shards(shards: Sequence[TensorShard], model: ModelConfig, folder: Path)
     table = chosen.table(model, hub.entries)
     check_names(table, hub, chosen)
     check_shards(table, shards)
-    targets = by_key(table)
-    for shard in shards:
-        fill(shard, targets, hub)
-    return read_source(folder, hub)
+    return table, hub
 
 
 def export_model(
@@ -202,4 +215,4 @@ def _from_all_ranks(values: Tensor) -> Tensor:
     return values
 
 
-__all__ = ["export_model", "fill_shards", "load_hf", "stream_hf", "whole_shapes"]
+__all__ = ["export_model", "fill_shards", "load_hf", "open_folder", "stream_hf", "whole_shapes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import attrs
 import torch
 
 from mb_engine.bridge.errors import MappingError
@@ -142,6 +143,31 @@ def fill(
         if shard.flat_range is not None:
             start, stop = shard.flat_range
             shard.data.copy_(box.reshape(-1)[start:stop])
+
+
+def rows_of(
+    shard: TensorShard,
+    start: int,
+    stop: int,
+    *,
+    targets: Mapping[tuple[str, int | None], Target],
+    hub: HubTensors,
+) -> Tensor:
+    """Return the rows ``start:stop`` of what :func:`fill` would write into a piece, on the CPU.
+
+    Args:
+        shard: Has no flat range; its ``data`` is not touched.
+        start: First row of the piece.
+        stop: After the last row.
+        targets: From :func:`by_key`.
+        hub: Where from.
+    """
+    local = (stop - start, *shard.local_shape[1:])
+    values = torch.empty(local, dtype=shard.data.dtype)
+    offset = (shard.offset[0] + start, *shard.offset[1:])
+    part = attrs.evolve(shard, data=values, offset=offset, local_shape=local, read_rows=None)
+    fill(part, targets, hub)
+    return values
 
 
 def parts_of(
