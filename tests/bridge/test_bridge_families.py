@@ -81,6 +81,13 @@ LAYOUTS = {
     "PP2": ["model.pipeline_model_parallel_size=2"],
     "EP2": ["model.expert_model_parallel_size=2"],
 }
+VPP = ["model.pipeline_model_parallel_size=2", "model.virtual_pipeline_model_parallel_size=2"]
+CP2 = ["model.context_parallel_size=2"]
+FURTHER = {
+    "llama": {"PP2 VPP2": VPP, "CP2": CP2, "TP2 CP2": LAYOUTS["TP2"] + CP2},
+    "qwen3_moe": {"PP2 VPP2": VPP, "CP2": CP2, "TP2 EP2": LAYOUTS["TP2"] + LAYOUTS["EP2"]},
+}
+"""Of one dense family and one with experts, on four ranks."""
 
 
 def make(case, folder):
@@ -142,6 +149,18 @@ def whole_logits(engine):
     return torch.stack(rows)
 
 
+def own_logits(engine):
+    """Return the logits of the tokens that this rank works on, and which they are."""
+    from mb_engine.parallel.sequence import context_parallel_slice
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    rows = {"tokens": tokens(), "place": torch.arange(LENGTH).expand(2, LENGTH)}
+    layout = engine.layout
+    own = context_parallel_slice(rows, cp=layout.cp, cp_rank=layout.cp_rank)
+    logits = engine.model[0](own["tokens"], own["place"], None)
+    return gather_from_tensor_model_parallel_region(logits)[..., :VOCAB], own["place"][0]
+
+
 def settings_of(folder, layout):
     from mb_engine.bridge import config_from_hf
 
@@ -186,6 +205,32 @@ def import_and_export(root, names):
     return worst
 
 
+def import_further(root):
+    """Import into the further layouts; return how far this rank's logits are off."""
+    from mb_engine.bridge import load_hf
+    from mb_engine.train.engine import Engine
+
+    errors = {}
+    for case, layouts in FURTHER.items():
+        folder = Path(root) / case
+        expected = torch.load(folder / "logits.pt")
+        for name, layout in layouts.items():
+            engine = Engine.from_config(settings_of(folder, layout))
+            try:
+                load_hf(engine, folder)
+                with engine.eval_mode():
+                    if engine.layout.cp > 1:
+                        found, places = own_logits(engine)
+                        wanted = expected[:, places]
+                    else:
+                        found = whole_logits(engine)
+                        wanted = expected[:, (7, LENGTH - 1)].flatten(0, 1)
+            finally:
+                engine.close()
+            errors[case, name] = float((found - wanted).abs().max() / expected.abs().max())
+    return errors
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     pytest.importorskip("transformers")
@@ -217,6 +262,13 @@ def test_logits_are_those_of_transformers_in_every_layout(case, imported):
     errors = {layout: error for (name, layout), error in imported.items() if name == case}
     assert {"TP1", "TP2", "PP2"} <= errors.keys()
     assert max(errors.values()) < TOLERANCE, errors
+
+
+def test_logits_are_those_of_transformers_in_further_layouts(models):
+    ranks = run_ranks(import_further, 4, str(models), timeout_s=300)
+    worst = {key: max(errors[key] for errors in ranks) for key in ranks[0]}
+    assert len(worst) == 6
+    assert max(worst.values()) < TOLERANCE, worst
 
 
 @pytest.mark.parametrize("case", CASES)

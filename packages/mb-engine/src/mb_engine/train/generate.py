@@ -86,11 +86,13 @@ def _last_logits(runner: MicroBatchRunner, window: Sequence[int], limit: int) ->
     ids_1S[0, : len(window)] = torch.tensor(window, device=device)
     batch = {"tokens": ids_1S, "position_ids": torch.arange(length, device=device)[None]}
     last = len(window) - 1
+    # Interleaved stages take as many micro-batches as there are stages: copies, one of them read.
+    copies = layout.pp if len(runner.chunks) > 1 else 1
     store = runner.schedule()(
         forward_step_func=partial(_forward, last),
-        data_iterator=[iter([batch]) for _ in runner.chunks],
+        data_iterator=[iter([batch] * copies) for _ in runner.chunks],
         model=runner.chunks,
-        num_microbatches=1,
+        num_microbatches=copies,
         seq_length=length,
         micro_batch_size=1,
         forward_only=True,
