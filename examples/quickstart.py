@@ -20,7 +20,7 @@ METRICS = RUN / "metrics.jsonl"
 PROMPT = "The import statement "
 MAX_LOSS = 1.9
 MAX_JUMP = 0.15
-STEPS = (30, 130, 150)
+STEPS = (30, 150, 180)
 
 
 def mb_train(*arguments: str) -> None:
