@@ -67,7 +67,7 @@ MODES = ENGINE_TESTS / "parity"
 ROOMS = {"data": ("data",), "model": ("model", "attention"), "plan": ("plan", "recipes")}
 """Folders of the engine's tests that have a session of their own, so that each stays short."""
 TOGETHER = {path.name: path for path in sorted((ROOT / "tests").glob("*/"))}
-TOOLS = {"object_stores": "moto[server]"}
+TOOLS = {"object_stores": "moto[server]", "examples": "accelerate"}
 per_package = nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
 per_room = nox.parametrize("room", list(ROOMS), ids=list(ROOMS))
 per_folder = nox.parametrize("folder", list(TOGETHER), ids=list(TOGETHER))
