@@ -113,17 +113,13 @@ class BytesOnDemand:
         rows = max(1, BLOCK_BYTES // source.row_bytes)
         number = byte // (rows * source.row_bytes)
         first, last = number * rows, min(source.shape[0], (number + 1) * rows)
-        nbytes = (last - first) * source.row_bytes
         if self._kept != (i, number):
             self._kept = (-1, -1)
-            values = source.values(first, last)
-            if len(self._memory) < nbytes:
-                self._memory = torch.empty(nbytes, dtype=torch.uint8)
-            place = self._memory[:nbytes].view(source.dtype).view(values.shape)
-            with torch.no_grad():
-                place.copy_(values)
+            self._memory = torch.empty(0, dtype=torch.uint8)  # first: never two blocks
+            values = source.values(first, last).detach().to("cpu").contiguous()
+            self._memory = values.view(-1).view(torch.uint8)
             self._kept = (i, number)
-        return self._memory[:nbytes].numpy(), first * source.row_bytes
+        return self._memory.numpy(), first * source.row_bytes
 
 
 def _source(part: Part, key: str, tensor: torch.Tensor, reader: Rows | None) -> _Source:

@@ -121,6 +121,30 @@ class HubTensors:
                     raise HubFormatError(f"{entry.file}: it ends within {name!r}; get it anew")
                 yield first, _values(data, dtype).view(rows, *shape[1:])
 
+    def read_into(self, name: str, start: int, rows: Tensor, *, index: int | None = None) -> None:
+        """Read rows straight into where they belong.
+
+        Args:
+            name: Of the tensor.
+            start: First row, as in :meth:`read_rows`.
+            rows: Contiguous, on the CPU, in the dtype of the file and as wide as its rows.
+            index: As in :meth:`read_rows`.
+
+        Raises:
+            HubFormatError: If the file ends too early.
+        """
+        entry = self.entries[name]
+        row_bytes = rows[0].nbytes
+        first = start if index is None else index * entry.shape[1] + start
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start + first * row_bytes)
+            place = bytes_of(rows)
+            while place:
+                count = file.readinto(place)
+                if not count:
+                    raise HubFormatError(f"{entry.file}: it ends within {name!r}; get it anew")
+                place = place[count:]
+
     def read(self, name: str) -> Tensor:
         """Return a whole tensor in the dtype of the file."""
         entry = self.entries[name]
@@ -271,5 +295,5 @@ def _values(data: bytearray, dtype: torch.dtype) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor, to read into or write from."""
-    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    data: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(data)

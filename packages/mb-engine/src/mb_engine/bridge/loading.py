@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from mb_engine.bridge.errors import MappingError
-from mb_engine.bridge.hub_format import listing
+from mb_engine.bridge.hub_format import DTYPES, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mb_engine.bridge.family import Family
     from mb_engine.bridge.hub_format import HubTensors
-    from mb_engine.bridge.mapping import Table, Target
+    from mb_engine.bridge.mapping import Span, Table, Target
 
 PREFIX = "model."
 TIED_OUTPUT = "lm_head.weight"
@@ -192,11 +192,21 @@ def _fill_matrix(target: Target, offset: tuple[int, ...], part: Tensor, hub: Hub
             if span.name is None:
                 rows.zero_()
             else:
-                begin = span.start + start - row
-                for at, block in hub.read_rows(
-                    span.name, begin, begin + stop - start, index=span.index
-                ):
-                    for dim in range(1, block.dim()):
-                        block = block.narrow(dim, offset[dim], part.size(dim))  # noqa: PLW2901
-                    rows[at - begin : at - begin + block.size(0)].copy_(block)
+                _read(hub, span, span.start + start - row, rows, offset)
         row += span.rows
+
+
+def _read(hub: HubTensors, span: Span, begin: int, rows: Tensor, offset: tuple[int, ...]) -> None:
+    """Read *rows* from row *begin* of a span's tensor on: straight, where they are as on disk."""
+    name, index = span.name, span.index
+    assert name is not None
+    entry = hub.entries[name]
+    shape = entry.shape if index is None else entry.shape[1:]
+    as_there = rows.dtype == DTYPES[entry.dtype] and tuple(rows.shape[1:]) == shape[1:]
+    if as_there and rows.device.type == "cpu" and rows.is_contiguous():
+        hub.read_into(name, begin, rows, index=index)
+        return
+    for at, block in hub.read_rows(name, begin, begin + rows.size(0), index=index):
+        for dim in range(1, block.dim()):
+            block = block.narrow(dim, offset[dim], rows.size(dim))  # noqa: PLW2901
+        rows[at - begin : at - begin + block.size(0)].copy_(block)
