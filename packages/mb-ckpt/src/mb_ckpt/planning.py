@@ -7,6 +7,7 @@ and kept for as long as no rank's structure changes.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
@@ -94,6 +95,12 @@ class Share:
     def parts(self) -> list[Part]:
         """What this rank stores."""
         return self.plan.shares[self.rank]
+
+    @cached_property
+    def is_all(self) -> bool:
+        """Whether this rank stores all of its pieces, each as it is, in their order."""
+        every = [part.index for part in self.parts] == list(range(len(self.specs)))
+        return every and all(part.rows is None for part in self.parts)
 
     @property
     def total(self) -> int:

@@ -75,7 +75,7 @@ class HostBuffer:
     def stage(
         self,
         share: Share,
-        tensors: Sequence[torch.Tensor],
+        tensors: list[torch.Tensor],
         *,
         ready: Any = None,
         readers: Mapping[int, Rows] | None = None,
@@ -96,10 +96,12 @@ class HostBuffer:
         """
         if readers:
             return Snapshot(BytesOnDemand(share, tensors, readers)), None
-        sources = [
-            tensors[part.index] if part.rows is None else tensors[part.index].narrow(*part.rows)
-            for part in share.parts
-        ]
+        sources = tensors
+        if not share.is_all:
+            sources = [
+                tensors[part.index] if part.rows is None else tensors[part.index].narrow(*part.rows)
+                for part in share.parts
+            ]
         cuda = next((s.device for s in sources if s.is_cuda), None)
         if self._memory.reserve(share.total, pinned=cuda is not None) or share is not self._share:
             self._views = _views(self._memory.tensor, share, sources)
