@@ -218,13 +218,13 @@ def _loads(samples: dict[str, Any]) -> str:
 
 def _loop(loop: dict[str, list[dict[str, float]]]) -> str:
     lines = [
-        "| saving from a loop | blocked | lost in all | longest stall of a micro-batch |",
-        "|---|---|---|---|",
+        "| saving from a loop | blocked | lost in all | longest stall of a micro-batch | durable |",
+        "|---|---|---|---|---|",
     ]
     for name, rows in loop.items():
         cells = [
             f"{1e3 * _median(rows, figure):.1f}" if figure in rows[0] else "-"
-            for figure in ("blocking", "lost", "stall")
+            for figure in ("blocking", "lost", "stall", "durable")
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -58,7 +58,8 @@ def watch_save(training: Training, save: Callable[[], Any] | None) -> dict[str, 
     Returns:
         Seconds: ``blocking``, in the call and at the fence before the next optimizer step; ``lost``,
         by which loop and save together took longer than as many steps without; ``stall``, by which
-        the longest micro-batch was longer than usual.
+        the longest micro-batch was longer than usual; ``durable``, from the call until the save was
+        found to be over after a step.
     """
     before = [_quiet_step(training) for _ in range(QUIET_STEPS)]
     usual = statistics.median(t for times, _ in before for t in times)
@@ -66,6 +67,7 @@ def watch_save(training: Training, save: Callable[[], Any] | None) -> dict[str, 
     began = time.perf_counter()
     begun = save() if save is not None else None
     blocking = time.perf_counter() - began
+    durable = 0.0
     steps = tail = 0
     while tail < TAIL_STEPS and time.perf_counter() - began < LONGEST_S:
         micro += [training.micro_batch() for _ in range(MICRO_BATCHES)]
@@ -79,13 +81,19 @@ def watch_save(training: Training, save: Callable[[], Any] | None) -> dict[str, 
         if begun is not None:
             begun.poll()
             over = begun.done()
+            durable = durable or over * (time.perf_counter() - began)
         tail += over
     took = time.perf_counter() - began
     if begun is not None:
         begun.wait()
     after = [_quiet_step(training) for _ in range(QUIET_STEPS)]
     step = statistics.mean(total for _, total in (*before, *after))
-    return {"blocking": blocking, "lost": took - steps * step, "stall": max(micro) - usual}
+    return {
+        "blocking": blocking,
+        "lost": took - steps * step,
+        "stall": max(micro) - usual,
+        "durable": durable,
+    }
 
 
 def _quiet_step(training: Training) -> tuple[list[float], float]:

@@ -48,7 +48,7 @@ def run(task: Task, ranks: int, *, timeout_s: float = 1800.0) -> Any:
             **{name: str(value) for name, value in place.items()},
             "MASTER_ADDR": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *_path()]),
         }
         command = [sys.executable, "-m", "contenders.checkpoint_worker", json.dumps(task)]
         child = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -66,6 +66,10 @@ def run(task: Task, ranks: int, *, timeout_s: float = 1800.0) -> Any:
             raise RuntimeError(f"{task['what']} failed: {log.read()[-4000:]}")
         log.close()
     return json.loads(answer.read_text())
+
+
+def _path() -> list[str]:
+    return [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
 
 
 def main() -> None:

@@ -335,12 +335,9 @@ MAKERS: dict[str, Callable[[Pieces, Path], Checkpointer]] = {
 RESHARDING = (DCP, MEGATRON, OURS)
 """Those that load what another number of ranks has saved."""
 READERS = (TORCH, SAFETENSORS, *RESHARDING)
-SAVERS = (
-    MEMCPY, TORCH, SAFETENSORS, DCP, DCP_ASYNC, DCP_PROCESS, MEGATRON, MEGATRON_ASYNC, OURS,
-    OURS_PROCESS,
-)  # fmt: skip
+SAVERS = (MEMCPY, TORCH, SAFETENSORS, DCP, DCP_ASYNC, MEGATRON, MEGATRON_ASYNC, OURS)
 SAVERS_OF_TWO = (MEMCPY, TORCH, SAFETENSORS, DCP, DCP_ASYNC, MEGATRON, OURS)
-"""With two ranks: the fewest that tell, because some take seconds."""
+"""With two ranks, because some take many seconds."""
 BEHIND = (
     DCP_ASYNC, DCP_THREAD, DCP_PROCESS, MEGATRON_ASYNC, OURS, OURS_LAZY, OURS_PROCESS, OURS_BOTH,
 )  # fmt: skip
