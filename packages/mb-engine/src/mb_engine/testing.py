@@ -234,8 +234,9 @@ class _Place:
         os.chdir(self.directory)
         sys.path[:] = self.path
         for fd, copy in self.outputs.items():
-            os.dup2(copy, fd)
-            os.close(copy)
+            if copy != fd:  # a new interpreter has inherited the file under its own number
+                os.dup2(copy, fd)
+                os.close(copy)
 
 
 def _run_rank(place: _Place) -> None:

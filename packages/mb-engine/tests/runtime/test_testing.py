@@ -22,6 +22,11 @@ def environment(extra):
     return [os.environ[name] for name in names], os.environ["MASTER_PORT"], extra
 
 
+def write_to_both():
+    os.write(1, f"out{os.environ['RANK']}\n".encode())
+    os.write(2, f"err{os.environ['RANK']}\n".encode())
+
+
 def fail_on_rank_1():
     if os.environ["RANK"] == "1":
         raise ValueError("the cause")
@@ -126,6 +131,14 @@ def test_the_tiny_configuration_takes_overrides():
 def test_a_rank_may_not_start_ranks():
     with pytest.raises(RankError, match="a rank called run_ranks: put the call under"):
         run_ranks(nest, 1)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_ranks_write_where_this_process_does(fresh, capfd):
+    run_ranks(write_to_both, 2, fresh=fresh)
+    captured = capfd.readouterr()
+    assert sorted(captured.out.split()) == ["out0", "out1"]
+    assert sorted(captured.err.split()) == ["err0", "err1"]
 
 
 def test_tensors_come_back():
