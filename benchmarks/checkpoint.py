@@ -7,9 +7,9 @@
     python benchmarks/checkpoint.py --quick         one round of the small state, writes nothing
 
 The contenders take turns, round by round, in another order each time, so that whatever else the
-machine does hits all of them; ratios are medians of the ratios within a round. Nothing is timed
-before the disk has been synced, loads begin with their files dropped from the page cache, and what
-is loaded is compared bit for bit with what was saved.
+machine does hits all of them; ratios are medians of the ratios within a round. All that is saved is
+fsynced, loads begin with their files dropped from the page cache, and what is loaded is compared bit
+for bit with what was saved.
 """
 
 from __future__ import annotations

@@ -107,6 +107,8 @@ def save(task: Task, mesh: Any) -> Samples:
             mine = name in contenders
             sample = _one_save(contenders[name], step) if mine else orbax[name].save(step)
             samples[name].append(sample)
+            if not mine:
+                forget(orbax[name].folder(step))  # or others would wait for what it has left
             if name != MEMCPY and step and _is_first():
                 shutil.rmtree((orbax | contenders)[name].folder(step - 1))
     last = task["rounds"]
@@ -226,7 +228,7 @@ def memory(task: Task, mesh: Any) -> dict[str, float]:
 
 
 def forget(folder: Path) -> None:
-    """Drop all files below *folder* from the page cache."""
+    """Write all files below *folder* to the disk and drop them from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -283,12 +285,10 @@ def _settle() -> None:
 
 
 def _quiet() -> None:
-    """Begin with nothing to be written from before, all ranks together."""
+    """Begin without garbage, all ranks together."""
     import torch.distributed as dist
 
     gc.collect()
-    if _is_first():
-        os.sync()
     dist.barrier()
 
 
