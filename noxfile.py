@@ -297,10 +297,13 @@ def newest_megatron(session: nox.Session) -> dict[str, str]:
 
 @nox.session(python=PYTHON)
 def compat(session: nox.Session) -> None:
-    """Run the engine's tests against the sources of the newest supported megatron-core."""
+    """Run the engine's tests against the sources of the newest supported megatron-core.
+
+    The mode table has sessions of its own for that: ``modes`` and ``parity``.
+    """
     install(session, "mb-engine", group="test")
     env = newest_megatron(session)
-    session.run("pytest", str(PACKAGES["mb-engine"] / "tests"), *session.posargs, env=env)
+    session.run("pytest", f"--ignore={MODES}", str(ENGINE_TESTS), *session.posargs, env=env)
 
 
 @nox.session(python=PYTHON)

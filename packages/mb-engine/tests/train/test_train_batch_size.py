@@ -9,12 +9,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from mb_config.errors import ConfigError
+from mb_engine.runtime.megatron_compat import prepare_megatron
 from mb_engine.runtime.megatron_cpu import install
 from mb_engine.train.batch_size import BatchSizeSchedule
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # megatron-core and torch.jit warn when imported
     install()
+    prepare_megatron()
     from megatron.core import num_microbatches_calculator as megatron
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mb_config import ConfigContainer
 from mb_config.errors import UserError
+from mb_engine.runtime.megatron_compat import prepare_megatron
 from mb_engine.runtime.megatron_cpu import install
 from mb_engine.train.optimizer import build_optimizer, optimizer_settings
 from mb_engine.train.schedule import ParamScheduler, Schedule
@@ -19,6 +20,7 @@ from torch import nn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # megatron-core and torch.jit warn when imported
     install()
+    prepare_megatron()
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig

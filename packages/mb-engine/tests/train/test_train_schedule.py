@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mb_config import ConfigContainer
 from mb_config.errors import ConfigError
+from mb_engine.runtime.megatron_compat import prepare_megatron
 from mb_engine.runtime.megatron_cpu import install
 from mb_engine.train.schedule import LR_STYLES, ParamScheduler, Schedule, build_scheduler
 
@@ -24,6 +25,7 @@ def _from_megatron() -> type:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core and torch.jit warn when imported
         install()
+        prepare_megatron()
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     return OptimizerParamScheduler
 
