@@ -85,7 +85,7 @@ class Demo:
         print("=== Make chats and a model", flush=True)
         self.chats = finetune_data.write_chats(self.folder / "data", most=pairs)
         counts = {name: len(_lines(file)) for name, file in self.chats.items()}
-        print(f"{counts['train']} chats to train on, {counts['heldout']} held out: {self.folder / 'data'}")
+        print(f"{counts['train']} chats to train on, {counts['heldout']} held out", flush=True)
         make_model(
             self.source, [m["content"] for file in self.chats.values() for m in _turns(file)]
         )
