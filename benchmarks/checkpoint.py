@@ -46,7 +46,9 @@ MEMORY_STATE = "big"
 MEMORY_SAVES = 3
 
 
-def measure(state: str, rounds: int, folder: Path, orbax: str | None) -> dict[str, Any]:
+def measure(
+    state: str, rounds: int, folder: Path, orbax: str | None, most_ranks: int
+) -> dict[str, Any]:
     """Return the samples of one state: saves, loads of each kind, and a loop's.
 
     Args:
@@ -54,17 +56,18 @@ def measure(state: str, rounds: int, folder: Path, orbax: str | None) -> dict[st
         rounds: How many.
         folder: To work in; empty again afterwards.
         orbax: The Python of its environment, None to leave it out.
+        most_ranks: 1 leaves out what takes two ranks.
     """
     few = state == MANY
     task = {"state": state, "rounds": rounds, "orbax": None if few else orbax}
     found: dict[str, Any] = {}
-    for ranks, savers in ((1, SAVERS), (2, SAVERS_OF_TWO)):
+    for ranks, savers in ((1, SAVERS), (2, SAVERS_OF_TWO))[:most_ranks]:
         root = folder / f"saved_{ranks}"
         names = [name for name in savers if not (few and name in LEFT_OUT)]
         saving = task | {"what": "save", "root": str(root), "contenders": names}
         found[f"save, {_ranks(ranks)}"] = run(saving, ranks)
     readers = [name for name in READERS if not (few and name in LEFT_OUT)]
-    for saved, ranks in ((1, 1), (2, 2), (2, 1), (1, 2)):
+    for saved, ranks in ((1, 1), (2, 2), (2, 1), (1, 2)) if most_ranks > 1 else ((1, 1),):
         loading = {"what": "load", "saved": str(folder / f"saved_{saved}"), "saved_ranks": saved}
         loading |= {"root": str(folder / "loading"), "contenders": readers}
         name = f"load, {_ranks(ranks)}" if saved == ranks else f"load, {saved} to {ranks}"
@@ -97,6 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--state", choices=SIZES, action="append", help="only this state")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--ranks", type=int, choices=(1, 2), default=2, help="1: only what takes one"
+    )
     parser.add_argument("--orbax", action="store_true", help="compare with orbax, too")
     parser.add_argument(
         "--orbax-venv", type=Path, help="its environment; a temporary one if left out"
@@ -118,7 +124,7 @@ def main() -> None:
         memory: dict[str, Any] = {}
         results = {"machine": about, "rounds": rounds, "results": found, "memory": memory}
         for state in states:
-            found[state] = measure(state, rounds, work / "state", str(python) if python else None)
+            found[state] = measure(state, rounds, work / "state", python, arguments.ranks)
             if out is not None:  # after each: the whole takes most of an hour
                 write(results, out)
         if MEMORY_STATE in states:

@@ -17,7 +17,7 @@ from typing import Any
 PACKAGES = ("orbax-checkpoint", "jax", "attrs")
 
 
-def install(folder: Path) -> Path | None:
+def install(folder: Path) -> str | None:
     """Make the environment in *folder*; return its Python, None where it cannot be installed."""
     python = folder / "bin" / "python"
     try:
@@ -27,7 +27,7 @@ def install(folder: Path) -> Path | None:
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"orbax is left out, it cannot be installed: {error}")
         return None
-    return python
+    return str(python)
 
 
 class OrbaxProcess:

@@ -55,7 +55,7 @@ class Target:
     def reached(self, found: Found) -> tuple[float, float, float] | None:
         """Return the ratio and both medians; None if it was not measured."""
         samples = found.get(self.state)
-        if samples is None:
+        if samples is None or self.part not in samples:
             return None
         mine = [s[self.figure] for s in samples[self.part][self.ours]]
         theirs = [s[self.figure] for s in samples[self.other_part or self.part][self.other]]
