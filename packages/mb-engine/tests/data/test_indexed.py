@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -47,7 +49,9 @@ def documents(prefix):
     """Return the documents as megatron-core reads them."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    data = IndexedDataset(str(prefix))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 0.19 warns that there is no rank
+        data = IndexedDataset(str(prefix))
     assert data.document_indices.tolist() == list(range(len(data) + 1))
     return [data[i].tolist() for i in range(len(data))]
 
@@ -223,6 +227,11 @@ def first_rows(prefix):
 
 
 class TestDatasets:
+    @pytest.fixture(autouse=True)
+    def _helper(self):
+        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+            pytest.skip("this megatron-core has no compiled helper for this Python")
+
     @pytest.mark.dist
     def test_ranks_of_a_process_group_read_the_same(self, prefix):
         one, other = run_ranks(first_rows, 2, prefix, timeout_s=60)
