@@ -41,8 +41,8 @@ CHAT = (
 QUESTION = "What does shutil.copyfile do?"
 TRAINING = """
 model.seq_length=1024 dataset.type=sft dataset.packing=offline
-train.micro_batch_size=1 train.global_batch_size=4
-optimizer.lr=4.0e-3 optimizer.min_lr=4.0e-4 optimizer.adam_beta2=0.95 optimizer.weight_decay=0.1
+train.micro_batch_size=1 train.global_batch_size=2
+optimizer.lr=3.0e-3 optimizer.min_lr=3.0e-4 optimizer.adam_beta2=0.95 optimizer.weight_decay=0.1
 optimizer.use_distributed_optimizer=true scheduler.lr_decay_style=cosine scheduler.lr_warmup_iters=5
 validation.full_validation=true checkpoint.save_optim=false
 logger.run_name=finetune logger.sinks=[console,jsonl,tensorboard,plot]

@@ -21,7 +21,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetune") / "run"
     command = [sys.executable, EXAMPLES / "finetune.py", "--folder", folder]
     done = subprocess.run(
-        [*map(str, command), "--pairs=300", "--steps=10"],
+        [*map(str, command), "--pairs=300", "--steps=20"],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
