@@ -111,20 +111,52 @@ def _build(
     sizes: tuple[int | None, ...],
     weights: Sequence[float] | None = None,
 ) -> list[IndexedSamples | None]:
+    from mb_engine.runtime.megatron_compat import without_process_group
+
+    settings: Any = config.dataset
+    cache = sample_store.cache_folder(settings.cache_dir, prefixes[0])
+    boundary = tokenizer.eod if settings.reset_attention_mask else None
+    with (
+        sample_store.locked(cache, "indexed"),
+        without_process_group(),
+        warnings.catch_warnings(),
+    ):
+        # About padding, of which there is none, and a rank, which does not matter.
+        warnings.simplefilter("ignore")
+        blend = (list(prefixes), None if weights is None else list(weights))
+        builder = _builder(config, tokenizer, cache, blend=blend, split=split, sizes=list(sizes))
+        try:
+            datasets = builder.build()
+        except Exception as error:  # megatron-core asserts, or lets numpy fail
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"megatron-core cannot read {', '.join(prefixes)} with split={split!r} ({reason});"
+                " make the files anew with mb-train data build, or change dataset.split"
+            ) from error
+    return [None if d is None else IndexedSamples(d, boundary) for d in datasets]
+
+
+def _builder(
+    config: ConfigContainer,
+    tokenizer: Tokenizer,
+    cache: Path,
+    *,
+    blend: tuple[list[str], list[float] | None],
+    split: str,
+    sizes: list[int | None],
+) -> Any:
+    """Return megatron-core's builder of blended data sets."""
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from mb_engine.runtime.megatron_compat import without_process_group
-
     settings: Any = config.dataset
-    cache = sample_store.cache_folder(settings.cache_dir, prefixes[0])
-    remote = any(map(locations.is_remote, prefixes))
+    remote = any(map(locations.is_remote, blend[0]))
     made = GPTDatasetConfig(
         random_seed=config.rng.seed,
         sequence_length=int(settings.seq_length or config.model.seq_length),
-        blend=(list(prefixes), None if weights is None else list(weights)),
+        blend=blend,
         split=split,
         path_to_cache=str(cache / "indexed"),
         mmap_bin_files=settings.mmap and not remote,
@@ -135,23 +167,7 @@ def _build(
         eod_mask_loss=settings.eod_mask_loss,
         create_attention_mask=False,
     )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, list(sizes), lambda: True, made)
-    boundary = tokenizer.eod if settings.reset_attention_mask else None
-    with (
-        sample_store.locked(cache, "indexed"),
-        without_process_group(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # about padding, of which there is none
-        try:
-            datasets = builder.build()
-        except Exception as error:  # megatron-core asserts, or lets numpy fail
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(
-                f"megatron-core cannot read {', '.join(prefixes)} with split={split!r} ({reason});"
-                " make the files anew with mb-train data build, or change dataset.split"
-            ) from error
-    return [None if d is None else IndexedSamples(d, boundary) for d in datasets]
+    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, made)
 
 
 class _ForMegatron:
