@@ -208,3 +208,18 @@ def test_memory_does_not_grow_with_the_state(tmp_path):
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert float(done.stdout) < 160, done.stdout  # MiB; 72 to 100 were measured
+
+
+def test_a_failure_half_way_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_demand, "BLOCK_BYTES", 8 * MB)
+
+    def fails(start, stop):
+        if start >= 24:
+            raise OSError(5, "the disk is gone")
+        return torch.ones(stop - start, MB // 4)
+
+    values = torch.empty(40, MB // 4)
+    with CheckpointStore(tmp_path) as store:
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            store.save(0, {"a": lazy("a", values, fails)}).result()
+        assert not [path for path in tmp_path.rglob("*") if "step" in str(path)]

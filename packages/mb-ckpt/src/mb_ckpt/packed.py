@@ -115,11 +115,15 @@ def write_array(
     array = open_array(kvstore, path, array_metadata(grid))
     pending: deque[Any] = deque()
     most = max(2, _IN_FLIGHT_BYTES // grid.shard)
-    for start in range(0, len(data), grid.shard):
-        while len(pending) >= most:
+    try:
+        for start in range(0, len(data), grid.shard):
+            while len(pending) >= most:
+                pending.popleft().result()
+            part = slice(start, min(start + grid.shard, len(data)))
+            write = array[part].write(data[part], can_reference_source_data_indefinitely=True)
+            pending.append(write)
+        while pending:
             pending.popleft().result()
-        part = slice(start, min(start + grid.shard, len(data)))
-        write = array[part].write(data[part], can_reference_source_data_indefinitely=True)
-        pending.append(write)
-    while pending:
-        pending.popleft().result()
+    finally:
+        for write in pending:  # what failed is about to be removed
+            write.exception()
