@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,38 +49,31 @@ MEMORY_SAVES = 3
 
 
 def measure(
-    state: str, rounds: int, folder: Path, orbax: str | None, most_ranks: int
-) -> dict[str, Any]:
-    """Return the samples of one state: saves, loads of each kind, and a loop's.
+    task: dict[str, Any], folder: Path, most_ranks: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the samples of one state, part by part: saves, loads of each kind, and a loop's.
 
     Args:
-        state: A key of `SIZES`.
-        rounds: How many.
+        task: With ``state``, ``rounds`` and, where orbax takes part, the Python of ``orbax``.
         folder: To work in; empty again afterwards.
-        orbax: The Python of its environment, None to leave it out.
         most_ranks: 1 leaves out what takes two ranks.
     """
-    few = state == MANY
-    task = {"state": state, "rounds": rounds, "orbax": None if few else orbax}
-    found: dict[str, Any] = {}
+    left_out = LEFT_OUT if task["state"] == MANY else ()
     for ranks, savers in ((1, SAVERS), (2, SAVERS_OF_TWO))[:most_ranks]:
-        root = folder / f"saved_{ranks}"
-        names = [name for name in savers if not (few and name in LEFT_OUT)]
-        saving = task | {"what": "save", "root": str(root), "contenders": names}
-        found[f"save, {_ranks(ranks)}"] = run(saving, ranks)
-    readers = [name for name in READERS if not (few and name in LEFT_OUT)]
+        names = [name for name in savers if name not in left_out]
+        saving = {"what": "save", "root": str(folder / f"saved_{ranks}"), "contenders": names}
+        yield f"save, {_ranks(ranks)}", run(task | saving, ranks)
+    names = [name for name in READERS if name not in left_out]
     for saved, ranks in ((1, 1), (2, 2), (2, 1), (1, 2)) if most_ranks > 1 else ((1, 1),):
         loading = {"what": "load", "saved": str(folder / f"saved_{saved}"), "saved_ranks": saved}
-        loading |= {"root": str(folder / "loading"), "contenders": readers}
+        loading |= {"root": str(folder / "loading"), "contenders": names}
         name = f"load, {_ranks(ranks)}" if saved == ranks else f"load, {saved} to {ranks}"
-        found[name] = run(task | loading, ranks)
+        yield name, run(task | loading, ranks)
     shutil.rmtree(folder)
-    root = folder / "loop"
-    names = [MEMCPY, *(name for name in BEHIND if not (few and name in LEFT_OUT))]
-    looping = {"what": "loop", "root": str(root), "contenders": names}
-    found["loop"] = run(task | looping, 1)
+    names = [MEMCPY, *(name for name in BEHIND if name not in left_out)]
+    looping = {"what": "loop", "root": str(folder / "loop"), "contenders": names}
+    yield "loop", run(task | looping, 1)
     shutil.rmtree(folder)
-    return found
 
 
 def measure_memory(state: str, folder: Path) -> dict[str, Any]:
@@ -115,6 +110,7 @@ def main() -> None:
     rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
     out = arguments.out or (None if arguments.quick or arguments.state else RESULTS)
     about = measurement.machine()
+    about["loads"] = [about["load_before"]]
     about["versions"] |= {name: version(name) for name in ("mb-ckpt", "tensorstore", "safetensors")}
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="mb-bench-") as name:
         work, python = Path(name), None
@@ -124,9 +120,13 @@ def main() -> None:
         memory: dict[str, Any] = {}
         results = {"machine": about, "rounds": rounds, "results": found, "memory": memory}
         for state in states:
-            found[state] = measure(state, rounds, work / "state", python, arguments.ranks)
-            if out is not None:  # after each: the whole takes most of an hour
-                write(results, out)
+            found[state] = {}
+            task = {"state": state, "rounds": rounds, "orbax": None if state == MANY else python}
+            for part, samples in measure(task, work / "state", arguments.ranks):
+                found[state][part] = samples
+                about["loads"].append(round(os.getloadavg()[0], 1))
+                if out is not None:  # after each: the whole takes most of an hour
+                    write(results, out)
         if MEMORY_STATE in states:
             memory[MEMORY_STATE] = measure_memory(MEMORY_STATE, work / "memory")
             if out is not None:

@@ -107,17 +107,19 @@ def render(machine: dict[str, Any], rounds: int, results: Found, memory: dict[st
         "# Saving and loading checkpoints\n",
         (
             f"{about['cpu']}, {about['cores']} cores; {about['system']}, Python {about['python']}, "
-            f"{versions}; {about['date']}, load before the run {about['load_before']}. Medians of "
-            f"{rounds} rounds in which all took turns, milliseconds; one thread a rank. The machine "
-            "was shared with other work, which hits all alike: the ratios are the evidence, the "
-            "times are not.\n"
+            f"{versions}; {about['date']}, load of the machine from {min(about['loads'])} to "
+            f"{max(about['loads'])}. Medians of {rounds} rounds in which all took turns, "
+            "milliseconds; one thread a rank. Ratios are medians of the ratios within a round. Other "
+            "work hits all alike, so ratios are the evidence and times are not; above a load of 2, "
+            "the benchmark's own, even ratios spread widely.\n"
         ),
         _targets(found, memory),
     ]
     for state, samples in found.items():
         count = sum(n for n, _ in SIZES[state])
         parts.append(f"## {state}: {count:,} tensors, {nbytes_of(state) / 1e6:,.1f} MB\n")
-        parts += [_saves(samples), _loads(samples), _loop(samples["loop"])]
+        parts += [_saves(samples), _loads(samples)]
+        parts += [_loop(samples["loop"])] if "loop" in samples else []
     for state, grown in memory.items():
         parts.append(_memory(state, grown))
     return "\n".join(parts)
@@ -140,7 +142,7 @@ def _targets(found: Found, memory: dict[str, Any]) -> str:
             f"| {target.most} | {_verdict(ratio, target.most)} |"
         )
     for state, samples in found.items():
-        lines += _loop_targets(state, samples["loop"])
+        lines += _loop_targets(state, samples["loop"]) if "loop" in samples else []
     for state, grown in memory.items():
         for name in (OURS, OURS_LAZY, OURS_PROCESS):
             over = grown[name]["growth"] - grown[name]["state"]
@@ -154,16 +156,18 @@ def _targets(found: Found, memory: dict[str, Any]) -> str:
 def _loop_targets(state: str, loop: dict[str, list[dict[str, float]]]) -> list[str]:
     """Return the rows of what a save costs a loop, against the best of DCP's modes."""
     lost = {name: _median(rows, "lost") for name, rows in loop.items() if name != MEMCPY}
-    best = min((DCP_ASYNC, DCP_THREAD, DCP_PROCESS), key=lambda name: lost[name])
+    modes = [name for name in (DCP_ASYNC, DCP_THREAD, DCP_PROCESS) if name in lost]
+    best = min(modes, key=lambda name: lost[name])
+    ours = [name for name in (OURS, OURS_LAZY, OURS_PROCESS, OURS_BOTH) if name in lost]
     lines = []
-    for name in (OURS, OURS_LAZY, OURS_PROCESS, OURS_BOTH):
+    for name in ours:
         ratio = lost[name] / lost[best]
         lines.append(
             f"| time lost by a loop, {name} | {state} | {1e3 * lost[name]:.0f} against "
             f"{1e3 * lost[best]:.0f} ms of {best} | {ratio:.2f} | 0.3 | {_verdict(ratio, 0.3)} |"
         )
     floor = _median(loop["no save"], "stall")
-    for name in (OURS, OURS_LAZY, OURS_PROCESS, OURS_BOTH):
+    for name in ours:
         stall = _median(loop[name], "stall")
         lines.append(
             f"| longest stall of a micro-batch, {name} | {state} | without a save "
@@ -202,6 +206,8 @@ def _saves(samples: dict[str, Any]) -> str:
 
 def _loads(samples: dict[str, Any]) -> str:
     parts = [name for name in samples if name.startswith("load")]
+    if not parts:
+        return ""
     names = list(dict.fromkeys(name for part in parts for name in samples[part]))
     head = "".join(f" {p.removeprefix('load, ')} |" for p in parts)
     lines = [f"| cold load |{head}", "|---" * (1 + len(parts)) + "|"]
