@@ -154,7 +154,7 @@ class Demo:
         print(f"checkpoints      {self.checkpoints}")
         print(f"metrics          {self.folder / 'metrics.jsonl'}, {self.folder / 'loss.png'}")
         print(f"data             {self.folder / 'data'}")
-        print(f"next             mb-train run --config {self.config} train.num_epochs=6")
+        print(f"next             mb-train run --config {self.config} model.tensor_model_parallel_size=2")
         print("                 mb-train run --recipe qwen3_0_6b_sft dataset.path=[chats.jsonl] \\")
         print("                   checkpoint.pretrained_checkpoint=./Qwen3-0.6B  # your own model")
         print("                 docs/sft.md, docs/bridge.md")
@@ -193,7 +193,7 @@ def make_model(folder: Path, texts: list[str]) -> None:
         intermediate_size=512,
         num_hidden_layers=3,
         num_attention_heads=6,
-        num_key_value_heads=3,
+        num_key_value_heads=2,
         max_position_embeddings=LENGTH,
         tie_word_embeddings=True,
         initializer_range=0.05,
