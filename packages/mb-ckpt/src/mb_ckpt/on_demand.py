@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,7 +45,7 @@ class _Source:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
+        return prod(self.shape[1:]) * self.dtype.itemsize
 
     def values(self, first: int, last: int) -> torch.Tensor:
         """Return the rows ``first:last``.
