@@ -36,7 +36,7 @@ CASES = {
     "copy": "cp of the folder, and fsync",
 }
 SMALL = {"hidden": 64, "ffn": 96, "layers": 1, "vocab": 99}
-LARGE = {"hidden": 2048, "ffn": 8192, "layers": 15, "vocab": 48_000}
+LARGE = {"hidden": 2048, "ffn": 8192, "layers": 6, "vocab": 48_000}
 QUICK = {"hidden": 1024, "ffn": 4096, "layers": 8, "vocab": 30_000}
 ALLOWED = 256e6 / 2**20
 
@@ -148,9 +148,11 @@ def table(found: dict[str, list[dict[str, float]]], size: float, largest: float)
     lines = [
         "# Conversion of a Hugging Face folder",
         "",
-        f"A Llama of {size:.0f} MiB in bfloat16, largest tensor {largest:.0f} MiB. {versions};",
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()},",
-        f"load {os.getloadavg()[0]:.1f}; medians of {rounds} fresh processes a case, interleaved.",
+        (
+            f"A Llama of {size:.0f} MiB in bfloat16, largest tensor {largest:.0f} MiB; {versions},"
+            f" Python {platform.python_version()}; {os.cpu_count()} cores, {platform.machine()}, load"
+            f" {os.getloadavg()[0]:.1f}; medians of {rounds} fresh processes a case, interleaved."
+        ),
         "",
         "| case | s until it returns | s until durable | s of processor time | peak MiB |",
         "|---|---|---|---|---|",
