@@ -8,6 +8,7 @@ that two machines write much the same. The exit status is 1 if a row is out of i
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import sys
@@ -217,17 +218,9 @@ def main():
     parser.add_argument("markdown", type=Path)
     parser.add_argument("--only", default="", help="rows with this in their names")
     arguments = parser.parse_args()
-    import importlib.metadata
-
-    from mb_engine.runtime.megatron_compat import prepare_megatron
-
-    prepare_megatron()  # 0.19 cannot be imported without triton otherwise
-    import megatron.core
-
     torch_version = importlib.metadata.version("torch")
-    title = (
-        f"Parity with one rank: megatron-core {megatron.core.__version__}, torch {torch_version}"
-    )
+    megatron_version = importlib.metadata.version("megatron-core")
+    title = f"Parity with one rank: megatron-core {megatron_version}, torch {torch_version}"
     outcomes, _ = measure([row for row in TABLE if arguments.only in row.name])
     arguments.markdown.write_text(as_markdown(outcomes, title=title))
     arguments.markdown.with_suffix(".json").write_text(as_json(outcomes, title=title))

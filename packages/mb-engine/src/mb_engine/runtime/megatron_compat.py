@@ -7,6 +7,7 @@ what                                    0.16.1                       0.19.2
 ``moe_utils.te_general_gemm``           undefined without TE         None without TE
 recomputed norms without TE             NameError                    NameError
 latent attention without TE             TypeError                    TypeError
+norm of queries that are not compressed none                         before their projection
 Megatron-FSDP with TP, without TE       TypeError                    goes by class names
 ``fp32_residual_connection``            of the embedding alone       of every layer
 spec of the expert layer                ``ModuleSpec``               ``functools.partial``
@@ -67,6 +68,7 @@ def prepare_megatron() -> None:
     _do_without_te()
     _keep_residuals_in_float32()
     _latent_attention_without_te()
+    _uncompressed_queries_without_norm()
     _replace_what_warns_at_each_call()
     logging.getLogger(_GPT_MODEL).addFilter(
         lambda record: "GPTModel IS DEPRECATED" not in record.getMessage()
@@ -133,6 +135,27 @@ def _latent_attention_without_te() -> None:
     yarn = latent.YarnRotaryEmbedding
     if not torch.cuda.is_available() and not isinstance(yarn, functools.partial):
         latent.YarnRotaryEmbedding = functools.partial(yarn, use_cpu_initialization=True)
+
+
+def _uncompressed_queries_without_norm() -> None:
+    """Leave latent queries that are not compressed without a norm of their own, as in 0.16.
+
+    0.19 puts a second norm of the hidden state before their projection, with Transformer Engine, or
+    fails without. DeepSeek-V2-Lite, the model of that kind, has none (arXiv:2405.04434, appendix B).
+    """
+    path = "megatron.core.transformer.mla_qk_norm_config"
+    if importlib.util.find_spec(path) is None:
+        return
+    resolver: Any = importlib.import_module(path).QKNormConfigResolver
+    chosen = resolver._mla_fused_linear_or_default  # noqa: SLF001
+
+    def choose(self: Any, module_spec: Any, module_name: str) -> Any:
+        if module_name != "linear_q_proj":
+            return chosen(self, module_spec, module_name)
+        fused = self._is_fused_norm_linear(module_spec)
+        return self.linear_impl if fused or module_spec is None else module_spec
+
+    resolver._mla_fused_linear_or_default = choose  # noqa: SLF001
 
 
 def _without_triton() -> types.ModuleType:
