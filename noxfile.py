@@ -66,11 +66,16 @@ ENGINE_TESTS = PACKAGES["mb-engine"] / "tests"
 MODES = ENGINE_TESTS / "parity"
 ROOMS = {"data": ("data",), "model": ("model", "attention"), "plan": ("plan", "recipes")}
 """Folders of the engine's tests that have a session of their own, so that each stays short."""
-TOGETHER = {path.name: path for path in sorted((ROOT / "tests").glob("*/"))}
-TOOLS = {"object_stores": "moto[server]", "examples": "accelerate"}
+TOGETHER = {
+    "checkpoints": ("checkpoints", "examples"),
+    "huggingface": ("bridge", "recipes", "finetune"),
+    "layouts": ("reshard", "object_stores"),
+}
+"""Folders of tests of several packages, by the session that runs them."""
+TOOLS = {"checkpoints": "accelerate", "layouts": "moto[server]"}
 per_package = nox.parametrize("package", list(PACKAGES), ids=list(PACKAGES))
 per_room = nox.parametrize("room", list(ROOMS), ids=list(ROOMS))
-per_folder = nox.parametrize("folder", list(TOGETHER), ids=list(TOGETHER))
+per_part = nox.parametrize("part", list(TOGETHER), ids=list(TOGETHER))
 per_megatron = nox.parametrize(
     "newest", [nox.param(False, id="pinned"), nox.param(True, id=COMPAT_MEGATRON)]
 )
@@ -260,11 +265,15 @@ def alone(session: nox.Session, package: str) -> None:
 
 
 @nox.session(python=PYTHON)
-@per_folder
-def together(session: nox.Session, folder: str) -> None:
+@per_part
+def together(session: nox.Session, part: str) -> None:
     """Run the tests that need several packages, with all of them installed."""
-    install(session, "mb-engine[all]", tools=f"pytest {TOOLS.get(folder, '')}")
-    session.run("pytest", str(TOGETHER[folder]), *session.posargs, env=ENV)
+    all_folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    if left := all_folders - {name for names in TOGETHER.values() for name in names}:
+        session.error(f"no session runs tests/{sorted(left)}: name them in TOGETHER")
+    install(session, "mb-engine[all]", tools=f"pytest {TOOLS.get(part, '')}")
+    folders = [str(ROOT / "tests" / name) for name in TOGETHER[part]]
+    session.run("pytest", *folders, *session.posargs, env=ENV)
 
 
 @nox.session(python=PYTHON)
