@@ -183,11 +183,15 @@ class Saver:
         except (OSError, ValueError) as e:
             raise storage_error(f"deleting old steps in {self.store.url}", e) from e
 
-    def close(self) -> None:
-        """Let other writers in, and end the writer process."""
+    def release(self) -> None:
+        """Let other writers in until the next save."""
         if self._claim is not None:
             self._claim.release()
             self._claim = None
+
+    def close(self) -> None:
+        """Let other writers in, and end the writer process."""
+        self.release()
         if self.process is not None:
             self.process.close()
 

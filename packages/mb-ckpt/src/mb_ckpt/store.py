@@ -253,6 +253,11 @@ class CheckpointStore:
         if self._last is not None:
             self._last.wait()
 
+    def let_others_save(self) -> None:
+        """Wait for the last save, and give up the hold on the place until the next one."""
+        self.wait()
+        self._saver.release()
+
     def close(self) -> None:
         """Wait for the last save and its copy, and give up threads, groups, lock and memory.
 
