@@ -83,3 +83,36 @@ def test_verify_reads_everything_and_ends_with_2_on_damage(run, capsys):
 def test_a_place_without_checkpoints_is_an_error_of_one_line(tmp_path, command, capsys):
     assert main([command, str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"mb-ckpt: no checkpoint in {tmp_path}: ")
+
+
+def test_diff_names_what_two_steps_do_not_share(tmp_path, capsys):
+    w = torch.arange(12.0).reshape(3, 4)
+    state = {"w": w, "nan": torch.tensor([float("nan")]), "mine": torch.ones(1), "lr": 0.1,
+             "kind": torch.zeros(2), "empty": torch.zeros(0)}  # fmt: skip
+    other = state | {"w": w.clone(), "kind": torch.zeros(2).bfloat16(), "theirs": torch.ones(1)}
+    other["lr"] = 0.2
+    other["w"][1, 2] += 0.5
+    other["w"][2, 3] -= 2
+    del other["mine"]
+    with CheckpointStore(tmp_path / "a") as a, CheckpointStore(tmp_path / "b") as b:
+        a.save(1, state)
+        b.save(5, state)
+        b.save(6, other)
+    places = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["diff", *places, "--other-step", "5"]) == 0
+    assert capsys.readouterr().out == "5 tensors are the same bit for bit\n"
+    assert main(["diff", *places]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "- mine",
+        "+ theirs",
+        "! kind: float32 2, there bfloat16 2",
+        "~ w: 2 elements, at most 2 apart",
+        "~ plain data",
+        "2 tensors are the same bit for bit",
+    ]
+    assert main(["diff", *places, "--json", "--prefix", "w"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["changed"] == {"w": {"elements": 2, "largest": 2.0}}
+    assert found["differs"]
+    assert main(["diff", *places, "--step", "3"]) == 2
+    assert "no step 3" in capsys.readouterr().err

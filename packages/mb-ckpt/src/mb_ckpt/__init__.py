@@ -2,6 +2,7 @@
 """Distributed, resharding, atomically committed checkpoints on tensorstore."""
 
 from mb_ckpt.__about__ import __version__
+from mb_ckpt.comparison import Changed, Comparison
 from mb_ckpt.errors import CheckpointBusyError, CheckpointError, CorruptCheckpointError
 from mb_ckpt.inspection import StepInfo, TensorInfo, Verified
 from mb_ckpt.loading import Loaded
@@ -11,9 +12,11 @@ from mb_ckpt.store import CheckpointStore
 
 __all__ = [
     "Best",
+    "Changed",
     "CheckpointBusyError",
     "CheckpointError",
     "CheckpointStore",
+    "Comparison",
     "CorruptCheckpointError",
     "Loaded",
     "SaveHandle",

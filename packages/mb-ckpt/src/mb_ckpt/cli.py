@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 2 after one line on standard error if it cannot."""
+    """Run the command; return 0, 1 if ``diff`` found any, or 2 after one line on standard error."""
     options = _parser().parse_args(arguments)
     try:
         with CheckpointStore(options.place, **_rules(options)) as store:
-            options.run(store, options)
+            return int(options.run(store, options) or 0)
     except UserError as e:
         sys.stderr.write(f"mb-ckpt: {e}\n")
         return 2
@@ -60,6 +60,15 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--all", action="store_true", help="every step")
         if name == "prune":
             _add_rules(command)
+    text = "compare two steps: keys, shapes, dtypes and every value; ends with 1 if they differ"
+    command = commands.add_parser("diff", help=text, description=text)
+    command.add_argument("place", metavar="A", help="directory of a run, or a URL")
+    command.add_argument("other", metavar="B", help="of another, or of the same")
+    command.add_argument("--step", type=int, help="which step of A; the newest if left out")
+    command.add_argument("--other-step", type=int, help="which step of B; the newest if left out")
+    command.add_argument("--prefix", default="", help="only keys that begin with this")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_diff)
     return parser
 
 
@@ -145,6 +154,40 @@ def _verify(store: CheckpointStore, options: argparse.Namespace) -> None:
         _print(
             f"step {result.step}: {result.tensors} tensors, {_size(result.nbytes)}, all as written"
         )
+
+
+def _diff(store: CheckpointStore, options: argparse.Namespace) -> int:
+    with CheckpointStore(options.other) as other:
+        found = store.compare(
+            other,
+            step=options.step,
+            other_step=options.other_step,
+            prefix=options.prefix,
+            progress=_progress if sys.stderr.isatty() and not options.json else _silent,
+        )
+    if options.json:
+        _print(json.dumps({**asdict(found), "differs": found.differs}, indent=1))
+        return int(found.differs)
+    for sign, keys in (("-", found.only_first), ("+", found.only_second)):
+        for key in keys:
+            _print(f"{sign} {key}")
+    for key, (one, two) in found.kinds.items():
+        _print(f"! {key}: {one}, there {two}")
+    for key, change in found.changed.items():
+        _print(f"~ {key}: {change.elements} elements, at most {change.largest:.3g} apart")
+    if found.plain:
+        _print("~ plain data")
+    _print(f"{found.equal} tensors are the same bit for bit")
+    return int(found.differs)
+
+
+def _progress(done: int, total: int) -> None:
+    end = "\n" if done >= total else ""
+    sys.stderr.write(f"\r{_size(done)} of {_size(total)}{end}")
+
+
+def _silent(done: int, total: int) -> None:
+    pass
 
 
 def _summary(info: StepInfo) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mb_ckpt import catalogue, retention, tiers
 from mb_ckpt.collector import paused
+from mb_ckpt.comparison import Comparison, compare
 from mb_ckpt.errors import CheckpointBusyError, CheckpointError
 from mb_ckpt.inspection import StepInfo, Verified, describe, verify
 from mb_ckpt.loading import Loaded, LoadOptions
@@ -21,7 +22,7 @@ from mb_ckpt.writer_process import WriterProcess
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     from mb_ckpt.interfaces import Store
@@ -231,6 +232,31 @@ class CheckpointStore:
     def inspect(self, step: int | None = None) -> StepInfo:
         """Return what *step* (None: the newest) holds, from its manifest alone."""
         return describe(*self._find(step))
+
+    def compare(
+        self,
+        other: CheckpointStore,
+        *,
+        step: int | None = None,
+        other_step: int | None = None,
+        prefix: str = "",
+        progress: Callable[[int, int], None] = lambda *_: None,
+    ) -> Comparison:
+        """Return how *step* differs from *other_step* of *other*; None stands for the newest.
+
+        Args:
+            other: Another store, or this one.
+            step: Of this store.
+            other_step: Of *other*.
+            prefix: Only tensors whose keys begin with this.
+            progress: Called with the bytes read so far, and all that will be.
+
+        Raises:
+            CheckpointError: If there is no such step.
+            CorruptCheckpointError: If stored bytes are damaged.
+        """
+        first, second = self._find(step), other._find(other_step)
+        return compare(first, second, prefix=prefix, progress=progress)
 
     def prune(self, *, dry_run: bool = False) -> list[int]:
         """Delete what the ``keep_...`` settings do not keep; on one rank, while nothing is saved.
