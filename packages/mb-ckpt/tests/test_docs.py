@@ -20,6 +20,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable")  # one process
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_block_runs_and_prints_what_it_says(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
