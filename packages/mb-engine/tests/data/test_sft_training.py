@@ -338,7 +338,33 @@ def pretrain_all(path, cases):
     return [pretrain_on(path, *case) for case in cases]
 
 
+def operations_per_token(path):
+    """Return what a run reports, and the formula for its samples and for whole rows."""
+    from mb_config.records import StepEvent
+    from mb_engine import pretrain
+    from mb_engine.model.flops import flops_per_token
+
+    seen = []
+
+    class Record:
+        def on_event(self, event):
+            if isinstance(event, StepEvent):
+                seen.append(event.tflops_per_device * 1e12 / event.tokens_per_second)
+
+    overrides = ["train.global_batch_size=2", "dataset.split='100,0,0'", "model.vocab_size=257"]
+    config = config_of(path, "offline", *overrides)
+    pretrain(config, callbacks=[Record()])
+    config = config.finalize(1)
+    data = build_datasets(config, build_tokenizer(config.tokenizer)).train
+    return seen[-1], flops_per_token(config, data.sample_lengths()), flops_per_token(config)
+
+
 class TestWholeRuns:
+    def test_reported_operations_are_of_samples_and_not_of_whole_rows(self, path):
+        ((reported, of_samples, of_rows),) = run_ranks(operations_per_token, 1, str(path))
+        assert reported == pytest.approx(of_samples, rel=1e-6)
+        assert of_samples < of_rows
+
     def test_train_and_evaluate_on_two_ranks(self, path):
         cases = [
             ("none", ["train.global_batch_size=4"]),

@@ -60,6 +60,11 @@ class SFTDataset:
     def __len__(self) -> int:
         return len(self.store)
 
+    def sample_lengths(self, at_most: int = 4096) -> list[int]:
+        """Return the tokens of samples spread evenly over the set, which stand for all of them."""
+        step = max(1, -(-len(self._lengths) // at_most))
+        return [int(length) for length in self._lengths[::step]]
+
     def plan(
         self, index: NDArray[np.int64], *, micro_batches: int, ranks: int
     ) -> Sequence[StepPlan]:

@@ -253,6 +253,8 @@ class _Job:
                 blocking=not config.checkpoint.async_save,
                 refuse=config.checkpoint.async_queue == "refuse",
             )
+        # Samples packed or padded into a row attend to less than a whole row.
+        lengths = getattr(self.datasets.train, "sample_lengths", lambda: None)()
         return TrainLoop(
             engine=engine,
             batches=training,
@@ -260,7 +262,7 @@ class _Job:
             validation=validation,
             emit=emit,
             saver=saver,
-            flops_per_token=flops_per_token(config),
+            flops_per_token=flops_per_token(config, lengths),
         )
 
 
