@@ -141,16 +141,7 @@ def _read(place: Store, manifest: Manifest, keys: list[str]) -> list[Tensor]:
     for key in keys:
         dtype, shape = manifest.tensors.kind(key)
         room = torch.empty(shape, dtype=getattr(torch, dtype))
-        rooms.append(
-            TensorShard(
-                key=key,
-                data=room,
-                global_shape=shape,
-                offset=(0,) * len(shape),
-                local_shape=shape,
-                dtype=dtype,
-            )
-        )
+        rooms.append(TensorShard.whole(key, room))
     state: dict[str, Any] = {"wanted": rooms}
     loading.load(place, manifest, state, LoadOptions())
     return [room.data for room in rooms]

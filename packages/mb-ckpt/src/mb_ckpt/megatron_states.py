@@ -95,14 +95,8 @@ def object_shard(value: Any) -> TensorShard | None:
     if isinstance(data, io.BytesIO):
         kind, data = "file", data.getvalue()
     text = json.dumps({kind: _encoded(data, value.unique_key)}, allow_nan=False).encode()
-    return TensorShard(
-        key=value.unique_key,
-        data=torch.from_numpy(np.frombuffer(text, np.uint8).copy()),
-        global_shape=(len(text),),
-        offset=(0,),
-        local_shape=(len(text),),
-        dtype="uint8",
-    )
+    room = torch.from_numpy(np.frombuffer(text, np.uint8).copy())
+    return TensorShard.whole(value.unique_key, room)
 
 
 def fill_object(item: ObjectToFill, stored: torch.Tensor) -> None:

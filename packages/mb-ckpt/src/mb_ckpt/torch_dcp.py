@@ -26,6 +26,7 @@ from mb_ckpt import catalogue, tiers
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.inspection import describe
 from mb_ckpt.loading import LoadOptions
+from mb_ckpt.state import dtype_name
 from mb_ckpt.store import CheckpointStore
 from mb_ckpt.stores import open_store
 
@@ -222,7 +223,7 @@ class TensorStoreReader(StorageReader):
             if item.type == LoadItemType.BYTE_IO:
                 shape = sizes[_BYTES + key].shape
                 room = torch.empty(shape, dtype=torch.uint8)
-                shards.append(_whole(_BYTES + key, room))
+                shards.append(TensorShard.whole(_BYTES + key, room))
             else:
                 room = planner.resolve_tensor(item).detach()
                 shards.append(
@@ -232,7 +233,7 @@ class TensorStoreReader(StorageReader):
                         global_shape=sizes[key].shape,
                         offset=tuple(item.storage_offsets),
                         local_shape=tuple(item.lengths),
-                        dtype=_name(room.dtype),
+                        dtype=dtype_name(room.dtype),
                     )
                 )
             rooms.append((item, room))
@@ -298,7 +299,7 @@ def _shard(item: WriteItem, planner: SavePlanner) -> TensorShard:
     if item.type == WriteItemType.BYTE_IO:
         assert isinstance(data, io.BytesIO)
         values = torch.frombuffer(bytearray(data.getbuffer()), dtype=torch.uint8)
-        return _whole(_BYTES + item.index.fqn, values)
+        return TensorShard.whole(_BYTES + item.index.fqn, values)
     assert isinstance(data, torch.Tensor)
     assert item.tensor_data is not None
     chunk = item.tensor_data.chunk
@@ -308,18 +309,5 @@ def _shard(item: WriteItem, planner: SavePlanner) -> TensorShard:
         global_shape=tuple(item.tensor_data.size),
         offset=tuple(chunk.offsets),
         local_shape=tuple(chunk.sizes),
-        dtype=_name(data.dtype),
+        dtype=dtype_name(data.dtype),
     )
-
-
-def _whole(key: str, data: Tensor) -> TensorShard:
-    shape = tuple(data.shape)
-    offset = (0,) * len(shape)
-    dtype = _name(data.dtype)
-    return TensorShard(
-        key=key, data=data, global_shape=shape, offset=offset, local_shape=shape, dtype=dtype
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

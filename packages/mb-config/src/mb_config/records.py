@@ -49,6 +49,20 @@ class TensorShard:
     flat_range: tuple[int, int] | None = None
     read_rows: Callable[[int, int], Tensor] | None = None
 
+    @classmethod
+    def whole(cls, key: str, data: Tensor, *, replica_id: int = 0) -> TensorShard:
+        """Return the piece that is all of a tensor."""
+        shape = tuple(data.shape)
+        return cls(
+            key=key,
+            data=data,
+            global_shape=shape,
+            offset=(0,) * len(shape),
+            local_shape=shape,
+            dtype=str(data.dtype).removeprefix("torch."),
+            replica_id=replica_id,
+        )
+
 
 @frozen(kw_only=True)
 class ProcessLayout:

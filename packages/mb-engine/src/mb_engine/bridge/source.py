@@ -186,12 +186,4 @@ def family_named(source: HubSource) -> Family:
 
 
 def _shard(data: torch.Tensor, rank: int) -> TensorShard:
-    return TensorShard(
-        key=_KEY,
-        data=data,
-        global_shape=tuple(data.shape),
-        offset=(0,),
-        local_shape=tuple(data.shape),
-        dtype="uint8",
-        replica_id=int(rank != 0),
-    )
+    return TensorShard.whole(_KEY, data, replica_id=int(rank != 0))

@@ -95,15 +95,8 @@ def history_shards(
     shards = {}
     for name, module in _with_history(chunks):
         data = _pack(module.get_extra_state(), size=_room(module, length), name=name)
-        shards[prefix + name] = TensorShard(
-            key=prefix + name,
-            data=data,
-            global_shape=tuple(data.shape),
-            offset=(0,),
-            local_shape=tuple(data.shape),
-            dtype="uint8",
-            replica_id=0 if first else 1,
-        )
+        key = prefix + name
+        shards[key] = TensorShard.whole(key, data, replica_id=0 if first else 1)
     return shards
 
 

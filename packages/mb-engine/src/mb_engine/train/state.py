@@ -120,15 +120,7 @@ def without_live_buffers(
 def rng_shards(states: Mapping[str, Tensor], *, rank: int) -> list[TensorShard]:
     """Return random states as pieces that belong to one rank alone."""
     return [
-        TensorShard(
-            key=f"rng.rank_{rank:05d}.{name}",
-            data=tensor,
-            global_shape=tuple(tensor.shape),
-            offset=(0,) * tensor.dim(),
-            local_shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-        )
-        for name, tensor in states.items()
+        TensorShard.whole(f"rng.rank_{rank:05d}.{name}", tensor) for name, tensor in states.items()
     ]
 
 
