@@ -7,7 +7,8 @@ import time
 
 import pytest
 import torch
-from mb_ckpt import CheckpointStore, stager
+from mb_ckpt import CheckpointStore
+from mb_ckpt.saving import stager
 from mb_config.records import TensorShard
 from mb_engine import Engine, pretrain
 from mb_engine.testing import run_ranks, tiny_config

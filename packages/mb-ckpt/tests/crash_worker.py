@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, packed, writing
+from mb_ckpt import CheckpointError, CheckpointStore
+from mb_ckpt.format import packed
+from mb_ckpt.saving import writing
 
 
 def state(step, size=20_000):

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore, writing
+from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore
+from mb_ckpt.saving import writing
 from mb_config.records import TensorShard
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from mb_ckpt.boxes import Box, cover_fault, cut, extent, flat_boxes, strides
+from mb_ckpt.states.boxes import Box, cover_fault, cut, extent, flat_boxes, strides
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=4).map(tuple)
 

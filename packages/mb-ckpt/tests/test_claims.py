@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, claims
+from mb_ckpt import CheckpointError, CheckpointStore
+from mb_ckpt.places import claims
 
 HOLDER = """
 import sys, time, torch

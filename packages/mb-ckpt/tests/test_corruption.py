@@ -8,7 +8,8 @@ import random
 
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError, packed
+from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError
+from mb_ckpt.format import packed
 
 FLIPS = 300
 """In data files; with those in the manifest, more than 500."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, writing
+from mb_ckpt import CheckpointError, CheckpointStore
+from mb_ckpt.saving import writing
 
 WORKER = Path(__file__).with_name("crash_worker.py")
 

@@ -12,9 +12,10 @@ import torch
 import zarr
 from hypothesis import given
 from hypothesis import strategies as st
-from mb_ckpt import CheckpointStore, CorruptCheckpointError, zarr_arrays
-from mb_ckpt.boxes import Box
-from mb_ckpt.zarr_arrays import array_name, chunk_shape, is_shared
+from mb_ckpt import CheckpointStore, CorruptCheckpointError
+from mb_ckpt.format import zarr_arrays
+from mb_ckpt.format.zarr_arrays import array_name, chunk_shape, is_shared
+from mb_ckpt.states.boxes import Box
 from mb_config.records import TensorShard
 
 STATE = {

@@ -8,7 +8,8 @@ import time
 
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, stager
+from mb_ckpt import CheckpointError, CheckpointStore
+from mb_ckpt.saving import stager
 from torch import nn
 
 SAVES = 200
@@ -145,7 +146,7 @@ def test_on_cuda_what_is_queued_after_the_fence_does_not_change_what_is_saved(
 
 
 def test_an_unchanged_structure_is_planned_once(monkeypatch, tmp_path):
-    from mb_ckpt import planning
+    from mb_ckpt.saving import planning
 
     made = []
     make_plan = planning.make_plan

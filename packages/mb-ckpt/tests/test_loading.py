@@ -109,7 +109,7 @@ def test_missing_and_unexpected_keys_are_refused_or_listed_exactly(saved):
 
 
 def test_values_are_cast_only_if_asked_to(saved, monkeypatch):
-    from mb_ckpt import loading
+    from mb_ckpt.loading import matching as loading
 
     store, model, _ = saved
     monkeypatch.setattr(loading, "_CAST_BYTES", 100)  # several batches

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 from mb_ckpt import CheckpointError, CheckpointStore
-from mb_ckpt.memo import Memo
-from mb_ckpt.state import flatten
+from mb_ckpt.states.flattening import flatten
+from mb_ckpt.states.memo import Memo
 
 
 def first():

@@ -13,8 +13,9 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError, tensorstore_io
-from mb_ckpt.stores import open_store
+from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError
+from mb_ckpt.format import tensorstore_io
+from mb_ckpt.places.stores import open_store
 from mb_ckpt.testing import StoreKit
 from moto.server import ThreadedMotoServer
 

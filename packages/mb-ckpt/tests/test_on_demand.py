@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, on_demand
-from mb_ckpt.on_demand import BytesOnDemand
-from mb_ckpt.planning import Plan, Share, make_plan
-from mb_ckpt.state import flatten
+from mb_ckpt import CheckpointError, CheckpointStore
+from mb_ckpt.saving import on_demand
+from mb_ckpt.saving.on_demand import BytesOnDemand
+from mb_ckpt.saving.planning import Plan, Share, make_plan
+from mb_ckpt.states.flattening import flatten
 from mb_config.records import TensorShard
 
 MB = 1 << 20

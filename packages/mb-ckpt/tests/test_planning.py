@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mb_ckpt import planning
-from mb_ckpt.boxes import Box
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.planning import make_plan
-from mb_ckpt.state import Spec, whole
+from mb_ckpt.saving import planning
+from mb_ckpt.saving.planning import make_plan
+from mb_ckpt.states.boxes import Box
+from mb_ckpt.states.flattening import Spec, whole
 
 
 def spec(key, shape, *, replica=0, plain=False, fixed=False):
@@ -93,7 +93,7 @@ def test_buffers_and_small_tensors_stay_with_the_first_rank(kind):
 
 
 def test_buffers_of_modules_are_fixed():
-    from mb_ckpt.state import flatten
+    from mb_ckpt.states.flattening import flatten
 
     flat = flatten({"m": torch.nn.BatchNorm1d(3), "t": torch.ones(1)})
     assert {s.key for s in flat.specs if s.fixed} == {

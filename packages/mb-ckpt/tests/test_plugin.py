@@ -7,8 +7,9 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-from mb_ckpt import CheckpointBusyError, CheckpointError, writing
+from mb_ckpt import CheckpointBusyError, CheckpointError
 from mb_ckpt.plugin import make_checkpointer
+from mb_ckpt.saving import writing
 from mb_config import CheckpointConfig
 from mb_config.records import ProcessLayout
 

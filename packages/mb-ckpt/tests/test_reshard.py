@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mb_ckpt import CheckpointStore, reader
+from mb_ckpt import CheckpointStore
+from mb_ckpt.loading import packed_reader as reader
 from mb_config.records import TensorShard
 
 DTYPES = [

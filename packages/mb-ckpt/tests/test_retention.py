@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mb_ckpt import Best, CheckpointStore
-from mb_ckpt.retention import Retention, prune
-from mb_ckpt.stores import open_store
+from mb_ckpt.places.retention import Retention, prune
+from mb_ckpt.places.stores import open_store
 
 LOSSES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.0, 5: math.nan, 6: 5.0, 7: 4.0}
 

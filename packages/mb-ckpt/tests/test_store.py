@@ -12,7 +12,8 @@ import threading
 
 import pytest
 import torch
-from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore, writing
+from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore
+from mb_ckpt.saving import writing
 from torch import nn
 
 

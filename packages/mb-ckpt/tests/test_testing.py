@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from mb_ckpt import CheckpointStore
+from mb_ckpt.places.stores import FileStore, open_store
 from mb_ckpt.plugin import make_checkpointer
-from mb_ckpt.stores import FileStore, open_store
 from mb_ckpt.testing import CheckpointerKit, StoreKit
 from mb_config import CheckpointConfig
 from mb_config.records import ProcessLayout

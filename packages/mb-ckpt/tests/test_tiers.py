@@ -10,8 +10,9 @@ import threading
 
 import pytest
 import torch
-from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError, replication
-from mb_ckpt.stores import FileStore
+from mb_ckpt import CheckpointError, CheckpointStore, CorruptCheckpointError
+from mb_ckpt.places import replication
+from mb_ckpt.places.stores import FileStore
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_a_second_place_that_cannot_be_reached_does_not_keep_from_loading(places
         store.save(1, state(1)).result()
     lost = "s3://nobody/run?endpoint=http://127.0.0.1:9"
     import tensorstore as ts
-    from mb_ckpt import tensorstore_io
+    from mb_ckpt.format import tensorstore_io
 
     with pytest.MonkeyPatch.context() as patch:
         retries = {"max_retries": 1, "initial_delay": "10ms", "max_delay": "20ms"}

@@ -5,9 +5,9 @@ from mb_ckpt.__about__ import __version__
 from mb_ckpt.comparison import Changed, Comparison
 from mb_ckpt.errors import CheckpointBusyError, CheckpointError, CorruptCheckpointError
 from mb_ckpt.inspection import StepInfo, TensorInfo, Verified
-from mb_ckpt.loading import Loaded
-from mb_ckpt.retention import Best
-from mb_ckpt.saver import SaveHandle
+from mb_ckpt.loading.matching import Loaded
+from mb_ckpt.places.retention import Best
+from mb_ckpt.saving.saver import SaveHandle
 from mb_ckpt.store import CheckpointStore
 
 __all__ = [

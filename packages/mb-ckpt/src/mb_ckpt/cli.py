@@ -13,7 +13,7 @@ from mb_config.errors import UserError
 
 from mb_ckpt.__about__ import __version__
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.retention import Best
+from mb_ckpt.places.retention import Best
 from mb_ckpt.store import CheckpointStore
 
 if TYPE_CHECKING:

@@ -10,17 +10,17 @@ import torch
 from attrs import field, frozen
 from mb_config.records import TensorShard
 
-from mb_ckpt import loading
 from mb_ckpt.inspection import describe
-from mb_ckpt.loading import LoadOptions
+from mb_ckpt.loading import matching as loading
+from mb_ckpt.loading.matching import LoadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
+    from mb_ckpt.format.manifest import Manifest
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.manifest import Manifest
 
 _TOGETHER = 128 << 20
 """Bytes of one step read at once; a larger tensor is read alone."""

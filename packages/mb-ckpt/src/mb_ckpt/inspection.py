@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from attrs import field, frozen
 
-from mb_ckpt import plain_tree
-from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
-from mb_ckpt.layouts import grid_of
-from mb_ckpt.reader import READ_BYTES, damage, data_path, open_file
-from mb_ckpt.tensorstore_io import get, start_read
-from mb_ckpt.zarr_reader import verify_arrays
+from mb_ckpt.format.tensorstore_io import get, start_read
+from mb_ckpt.format.zarr_arrays import grid_of
+from mb_ckpt.loading.packed_reader import READ_BYTES, damage, data_path, open_file
+from mb_ckpt.loading.zarr_reader import verify_arrays
+from mb_ckpt.places.catalogue import step_name
+from mb_ckpt.states import plain_tree
 
 if TYPE_CHECKING:
+    from mb_ckpt.format.manifest import Manifest
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.manifest import Manifest
 
 
 @frozen(kw_only=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mb_config import CheckpointConfig
     from mb_config.records import ProcessLayout
 
-    from mb_ckpt.saver import SaveHandle
+    from mb_ckpt.saving.saver import SaveHandle
 
 
 class RunCheckpointer:

@@ -6,19 +6,20 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from mb_ckpt import catalogue, retention, tiers
 from mb_ckpt.collector import paused
 from mb_ckpt.comparison import Comparison, compare
 from mb_ckpt.errors import CheckpointBusyError, CheckpointError
 from mb_ckpt.inspection import StepInfo, Verified, describe, verify
-from mb_ckpt.loading import Loaded, LoadOptions
+from mb_ckpt.loading import tiers
+from mb_ckpt.loading.matching import Loaded, LoadOptions
+from mb_ckpt.places import catalogue, retention
+from mb_ckpt.places.replication import Replicator
+from mb_ckpt.places.retention import Best, Retention
+from mb_ckpt.places.stores import open_store
 from mb_ckpt.ranks import Ranks
-from mb_ckpt.replication import Replicator
-from mb_ckpt.retention import Best, Retention
-from mb_ckpt.saver import SaveHandle, Saver
-from mb_ckpt.stager import Stager
-from mb_ckpt.stores import open_store
-from mb_ckpt.writer_process import WriterProcess
+from mb_ckpt.saving.saver import SaveHandle, Saver
+from mb_ckpt.saving.stager import Stager
+from mb_ckpt.saving.writer_process import WriterProcess
 
 if TYPE_CHECKING:
     import os
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.layouts import Layout
+    from mb_ckpt.saving.recipes import Layout
 
 
 class CheckpointStore:

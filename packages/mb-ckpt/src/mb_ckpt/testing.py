@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from mb_config.records import TensorShard
 
-from mb_ckpt.tensorstore_io import get
+from mb_ckpt.format.tensorstore_io import get
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

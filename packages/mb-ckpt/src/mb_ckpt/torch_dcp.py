@@ -22,13 +22,14 @@ from torch.distributed.checkpoint.planner import LoadItemType, WriteItemType
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from mb_ckpt import catalogue, tiers
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.inspection import describe
-from mb_ckpt.loading import LoadOptions
-from mb_ckpt.state import dtype_name
+from mb_ckpt.loading import tiers
+from mb_ckpt.loading.matching import LoadOptions
+from mb_ckpt.places import catalogue
+from mb_ckpt.places.stores import open_store
+from mb_ckpt.states.flattening import dtype_name
 from mb_ckpt.store import CheckpointStore
-from mb_ckpt.stores import open_store
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ import torch
 from attrs import frozen
 from mb_config.records import TensorShard
 
-from mb_ckpt import plain_tree
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.states import plain_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.stores import open_store
-from mb_ckpt.writing import perform
+from mb_ckpt.places.stores import open_store
+from mb_ckpt.saving.writing import perform
 
 if TYPE_CHECKING:
-    from mb_ckpt.writing import Task
+    from mb_ckpt.saving.writing import Task
 
 # Only the modules it needs: not the package's own __init__, which imports torch.
 _START = """
@@ -36,7 +36,7 @@ place, sys.path[:] = sys.argv[1], json.loads(sys.argv[2])
 package = types.ModuleType("mb_ckpt")
 package.__path__ = [place]
 sys.modules["mb_ckpt"] = package
-from mb_ckpt.writer_process import serve
+from mb_ckpt.saving.writer_process import serve
 serve(int(sys.argv[3]), int(sys.argv[4]))
 """
 _END_S = 10.0
@@ -62,7 +62,7 @@ class WriterProcess:
         return None if self._child is None else self._child.pid
 
     def perform(self, task: Task) -> dict[str, Any] | None:
-        """Have the child do *task*; see `mb_ckpt.writing.perform`.
+        """Have the child do *task*; see `mb_ckpt.saving.writing.perform`.
 
         Raises:
             OSError: If the storage refuses, or the child dies.
@@ -98,7 +98,7 @@ class WriterProcess:
             return self._child
         self.close()
         arguments = [
-            str(Path(__file__).parent), json.dumps(sys.path), str(self._descriptor), str(os.getpid())
+            str(Path(__file__).parents[1]), json.dumps(sys.path), str(self._descriptor), str(os.getpid())
         ]  # fmt: skip
         self._child = subprocess.Popen(  # noqa: S603  # this interpreter, our own module
             [sys.executable, "-c", _START, *arguments],

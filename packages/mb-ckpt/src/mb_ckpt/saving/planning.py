@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
-from mb_ckpt.boxes import Box, cover_fault
 from mb_ckpt.collector import paused
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.format.packed import ALIGNMENT
+from mb_ckpt.states.boxes import Box, cover_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mb_ckpt.ranks import Ranks
-    from mb_ckpt.state import Spec
+    from mb_ckpt.states.flattening import Spec
 
-ALIGNMENT = 16
-"""Every piece begins at a multiple of this many bytes: the widest dtype, complex128."""
 SPREAD_BYTES = 4 << 10
 """Replicated pieces below this stay with the rank that has ``replica_id=0``."""
 SPLIT_BYTES = 8 << 20

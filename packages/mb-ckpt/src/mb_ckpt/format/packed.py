@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import tensorstore as ts
 from attrs import frozen
 
-from mb_ckpt.tensorstore_io import CONTEXT, below
+from mb_ckpt.format.tensorstore_io import CONTEXT, below
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mb_ckpt.on_demand import BytesOnDemand
-    from mb_ckpt.tensorstore_io import Bytes
+    from mb_ckpt.format.tensorstore_io import Bytes
+    from mb_ckpt.saving.on_demand import BytesOnDemand
 
+ALIGNMENT = 16
+"""Every piece begins at a multiple of this many bytes: the widest dtype, complex128."""
 INNER_BYTES = 1 << 20
 """Bytes under one crc32c; the smallest amount worth reading."""
 SHARD_BYTES = 8 << 20

@@ -12,19 +12,18 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
-from mb_ckpt.boxes import Box, cut, extent, strides
-from mb_ckpt.catalogue import step_name
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError, storage_error
-from mb_ckpt.packed import INNER_BYTES, array_metadata, open_array
-from mb_ckpt.planning import ALIGNMENT
-from mb_ckpt.tensorstore_io import start_read
+from mb_ckpt.format.packed import ALIGNMENT, INNER_BYTES, array_metadata, open_array
+from mb_ckpt.format.tensorstore_io import start_read
+from mb_ckpt.places.catalogue import step_name
+from mb_ckpt.states.boxes import Box, cut, extent, strides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from mb_ckpt.format.manifest import Chunk, Manifest, TensorEntry
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.manifest import Chunk, Manifest, TensorEntry
-    from mb_ckpt.state import Piece
+    from mb_ckpt.states.flattening import Piece
 
 READ_BYTES = 16 << 20
 """Most bytes in one read; up to `_IN_FLIGHT` reads are under way at a time."""

@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import frozen
 
-from mb_ckpt.manifest import TensorEntry, TensorTable, encode_table, make_table
-from mb_ckpt.zarr_arrays import array_metadata, array_name, chunk_shape, is_shared, zarr_dtype
+from mb_ckpt.format.manifest import TensorEntry, TensorTable, encode_table, make_table
+from mb_ckpt.format.zarr_arrays import (
+    array_metadata,
+    array_name,
+    chunk_shape,
+    is_shared,
+    zarr_dtype,
+)
 
 if TYPE_CHECKING:
-    from mb_ckpt.planning import Plan
-    from mb_ckpt.writing import Task
+    from mb_ckpt.saving.planning import Plan
+    from mb_ckpt.saving.writing import Task
 
 Layout = Literal["packed", "zarr"]
 
@@ -119,10 +124,3 @@ def _widths(plan: Plan) -> dict[str, int]:
     import torch
 
     return {t.dtype: getattr(torch, t.dtype).itemsize for t in plan.tensors.values()}
-
-
-def grid_of(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
-    """Return how many chunks an array has along each dimension; none where it is empty."""
-    if not prod(shape):
-        return (0,) * max(1, len(shape))
-    return tuple(-(-n // c) for n, c in zip(shape, chunks, strict=True))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mb_ckpt import CheckpointError, plain_tree
-from mb_ckpt.state import flatten
+from mb_ckpt import CheckpointError
+from mb_ckpt.states import plain_tree
+from mb_ckpt.states.flattening import flatten
 from mb_config.records import TensorShard
 
 scalars = (

@@ -12,9 +12,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from attrs import field, frozen
 
-from mb_ckpt import claims
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.tensorstore_io import delete, list_below, put
+from mb_ckpt.format.tensorstore_io import delete, list_below, put
+from mb_ckpt.places import claims
 
 if TYPE_CHECKING:
     from mb_ckpt.interfaces import Claim, Store

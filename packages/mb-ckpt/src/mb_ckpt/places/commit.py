@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
-from mb_ckpt import manifest as format_
-from mb_ckpt.catalogue import directories, read, step_name
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.manifest import MANIFEST
-from mb_ckpt.tensorstore_io import get
+from mb_ckpt.format import manifest as format_
+from mb_ckpt.format.manifest import MANIFEST
+from mb_ckpt.format.tensorstore_io import get
+from mb_ckpt.places.catalogue import directories, read, step_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mb_ckpt.format.manifest import Manifest
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.manifest import Manifest
 
 _LOG = logging.getLogger("mb_ckpt")
 
@@ -34,7 +34,7 @@ class RankReport:
     """What one rank tells rank 0 when it has written.
 
     Attributes:
-        file: Its packed array as `mb_ckpt.writing.perform` returns it, None if it has none.
+        file: Its packed array as `mb_ckpt.saving.writing.perform` returns it, None if it has none.
         error: What went wrong, or empty.
     """
 

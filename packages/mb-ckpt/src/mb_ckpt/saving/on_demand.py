@@ -16,9 +16,9 @@ from mb_ckpt.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mb_ckpt.planning import Part, Share
-    from mb_ckpt.storable import Rows
-    from mb_ckpt.tensorstore_io import Bytes
+    from mb_ckpt.format.tensorstore_io import Bytes
+    from mb_ckpt.saving.planning import Part, Share
+    from mb_ckpt.states.storable import Rows
 
 BLOCK_BYTES = 16 << 20
 """Most bytes that are read at a time, unless one row is more."""

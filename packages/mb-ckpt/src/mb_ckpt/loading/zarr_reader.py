@@ -11,28 +11,28 @@ import numpy as np
 import torch
 from attrs import define, field
 
-from mb_ckpt.catalogue import step_name
-from mb_ckpt.layouts import grid_of
-from mb_ckpt.packed import open_array
-from mb_ckpt.reader import damage
-from mb_ckpt.tensorstore_io import get, start_read
-from mb_ckpt.zarr_arrays import (
+from mb_ckpt.format.packed import open_array
+from mb_ckpt.format.tensorstore_io import get, start_read
+from mb_ckpt.format.zarr_arrays import (
     array_metadata,
     array_name,
     encode_metadata,
+    grid_of,
     numpy_dtype,
     zarr_dtype,
 )
+from mb_ckpt.loading.packed_reader import damage
+from mb_ckpt.places.catalogue import step_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
 
-    from mb_ckpt.boxes import Box
+    from mb_ckpt.format.manifest import Manifest, TensorEntry
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.manifest import Manifest, TensorEntry
-    from mb_ckpt.state import Piece
+    from mb_ckpt.states.boxes import Box
+    from mb_ckpt.states.flattening import Piece
 
 _IN_FLIGHT_BYTES = 64 << 20
 _IN_FLIGHT = 64

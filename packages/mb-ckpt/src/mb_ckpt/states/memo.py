@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mb_ckpt.state import Spec
+    from mb_ckpt.states.flattening import Spec
 
 
 @frozen(kw_only=True, eq=False)
@@ -83,7 +83,7 @@ class KnownMapping:
 
 @define(eq=False)
 class Memo:
-    """Of one state; given to `mb_ckpt.state.flatten` again and again.
+    """Of one state; given to `mb_ckpt.states.flattening.flatten` again and again.
 
     Attributes:
         specs: By key or identity of a shard.

@@ -8,13 +8,13 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from mb_ckpt import catalogue
-from mb_ckpt.catalogue import step_name
-from mb_ckpt.commit import prepare
 from mb_ckpt.errors import CheckpointError, storage_error
-from mb_ckpt.manifest import MANIFEST, check
-from mb_ckpt.retention import Retention, prune
-from mb_ckpt.tensorstore_io import get
+from mb_ckpt.format.manifest import MANIFEST, check
+from mb_ckpt.format.tensorstore_io import get
+from mb_ckpt.places import catalogue
+from mb_ckpt.places.catalogue import step_name
+from mb_ckpt.places.commit import prepare
+from mb_ckpt.places.retention import Retention, prune
 
 if TYPE_CHECKING:
     from mb_ckpt.interfaces import Claim, Store

@@ -12,18 +12,18 @@ from attrs import define, field, frozen
 
 from mb_ckpt.collector import paused
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.host_memory import HostMemory
-from mb_ckpt.memo import Memo
-from mb_ckpt.planning import Share, agree
-from mb_ckpt.saver import Job, SaveHandle, Saver
-from mb_ckpt.staging import Fence, HostBuffer
-from mb_ckpt.state import FlatState, flatten
+from mb_ckpt.saving.host_memory import HostMemory
+from mb_ckpt.saving.planning import Share, agree
+from mb_ckpt.saving.saver import Job, SaveHandle, Saver
+from mb_ckpt.saving.staging import Fence, HostBuffer
+from mb_ckpt.states.flattening import FlatState, flatten
+from mb_ckpt.states.memo import Memo
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from mb_ckpt.ranks import Ranks
-    from mb_ckpt.staging import Snapshot
+    from mb_ckpt.saving.staging import Snapshot
 
 
 @frozen(kw_only=True, eq=False)

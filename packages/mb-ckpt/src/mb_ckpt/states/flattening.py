@@ -13,13 +13,13 @@ from attrs import field, frozen
 from mb_config.records import TensorShard
 from torch import Tensor
 
-from mb_ckpt import megatron_states, plain_tree
-from mb_ckpt.boxes import Box, flat_boxes
-from mb_ckpt.dtensors import is_dtensor, local_shard
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.megatron_states import is_sharded
-from mb_ckpt.memo import KnownMapping, Memo
-from mb_ckpt.storable import TENSORS, Rows, check_readable, check_storable
+from mb_ckpt.states import megatron, plain_tree
+from mb_ckpt.states.boxes import Box, flat_boxes
+from mb_ckpt.states.dtensors import is_dtensor, local_shard
+from mb_ckpt.states.megatron import is_sharded
+from mb_ckpt.states.memo import KnownMapping, Memo
+from mb_ckpt.states.storable import TENSORS, Rows, check_readable, check_storable
 
 _NAMES = {
     value: str(value).removeprefix("torch.")
@@ -114,7 +114,7 @@ class FlatState:
     modules: list[Stateful] = field(factory=list)
     statefuls: list[Stateful] = field(factory=list)
     changing: list[int] = field(factory=list)
-    objects: list[megatron_states.ObjectToFill] = field(factory=list)
+    objects: list[megatron.ObjectToFill] = field(factory=list)
     readers: dict[int, Rows] = field(factory=dict)
 
 
@@ -168,7 +168,7 @@ class _Walk:
         self.modules: list[Stateful] = []
         self.statefuls: list[Stateful] = []
         self.changing: list[int] = []
-        self.objects: list[megatron_states.ObjectToFill] = []
+        self.objects: list[megatron.ObjectToFill] = []
         self.readers: dict[int, Rows] = {}
         self.seen: dict[str, bool] = {}
         self.buffers: set[str] = set()
@@ -245,16 +245,16 @@ class _Walk:
         return plain_tree.encode_scalar(value, path)
 
     def _megatron(self, value: Any) -> None:
-        if megatron_states.is_local(value):
+        if megatron.is_local(value):
             return
-        if not megatron_states.is_object(value):
-            for shard in megatron_states.pieces(value):
+        if not megatron.is_object(value):
+            for shard in megatron.pieces(value):
                 self._shard(shard)
         elif self.loading:
-            item = megatron_states.ObjectToFill(key=value.unique_key, target=value)
+            item = megatron.ObjectToFill(key=value.unique_key, target=value)
             self.objects.append(item)
         else:
-            stored = megatron_states.object_shard(value)
+            stored = megatron.object_shard(value)
             if stored is not None:
                 self._shard(stored)
 

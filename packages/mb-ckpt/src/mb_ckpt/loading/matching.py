@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from attrs import evolve, field, frozen
 
-from mb_ckpt import plain_tree
-from mb_ckpt.catalogue import step_name
-from mb_ckpt.dtensors import room_like_parameter
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.megatron_states import fill_object
-from mb_ckpt.meta_modules import materialize
-from mb_ckpt.reader import fill, listing
-from mb_ckpt.state import Piece, Stateful, dtype_name, flatten
-from mb_ckpt.zarr_reader import fill_arrays
+from mb_ckpt.loading.packed_reader import fill, listing
+from mb_ckpt.loading.zarr_reader import fill_arrays
+from mb_ckpt.places.catalogue import step_name
+from mb_ckpt.states import plain_tree
+from mb_ckpt.states.dtensors import room_like_parameter
+from mb_ckpt.states.flattening import Piece, Stateful, dtype_name, flatten
+from mb_ckpt.states.megatron import fill_object
+from mb_ckpt.states.meta_modules import materialize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from mb_ckpt.format.manifest import Manifest
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.manifest import Manifest
-    from mb_ckpt.state import FlatState
+    from mb_ckpt.states.flattening import FlatState
 
 _CAST_BYTES = 256 << 20
 """Most bytes of stored values held beside the state while they are cast."""

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import define, field, frozen
 
-from mb_ckpt import plain_tree
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
-from mb_ckpt.packed import Grid
+from mb_ckpt.format.packed import Grid
+from mb_ckpt.states import plain_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,7 +135,7 @@ class Manifest:
         data: Name of the directory beside the manifest that holds the arrays.
         files: The arrays, one for each rank that stored something; none in layout ``zarr``.
         tensors: By key.
-        tree: Plain data, as `mb_ckpt.plain_tree` says.
+        tree: Plain data, as `mb_ckpt.states.plain_tree` says.
         metrics: Numbers that retention may go by.
         world_size: Ranks that wrote it.
         created: Time of the commit, ISO 8601, UTC.

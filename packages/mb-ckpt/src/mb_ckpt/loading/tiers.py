@@ -6,16 +6,17 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from mb_ckpt import catalogue, loading
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
-from mb_ckpt.manifest import NewerFormatError
+from mb_ckpt.format.manifest import NewerFormatError
+from mb_ckpt.loading import matching as loading
+from mb_ckpt.places import catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from mb_ckpt.format.manifest import Manifest
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.loading import Loaded, LoadOptions
-    from mb_ckpt.manifest import Manifest
+    from mb_ckpt.loading.matching import Loaded, LoadOptions
 
 _LOG = logging.getLogger("mb_ckpt")
 

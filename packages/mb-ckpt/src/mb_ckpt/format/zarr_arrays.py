@@ -12,15 +12,15 @@ from urllib.parse import quote
 import ml_dtypes
 import numpy as np
 
-from mb_ckpt.packed import open_array, zstd
-from mb_ckpt.tensorstore_io import start_put
+from mb_ckpt.format.packed import open_array, zstd
+from mb_ckpt.format.tensorstore_io import start_put
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from mb_ckpt.boxes import Box
-    from mb_ckpt.on_demand import BytesOnDemand
-    from mb_ckpt.tensorstore_io import Bytes
+    from mb_ckpt.format.tensorstore_io import Bytes
+    from mb_ckpt.saving.on_demand import BytesOnDemand
+    from mb_ckpt.states.boxes import Box
 
 CHUNK_BYTES = 8 << 20
 """About the most bytes in one chunk, which is one file with one crc32c."""
@@ -167,3 +167,10 @@ def write_arrays(
                 pending.popleft().result()
     while pending:
         pending.popleft().result()
+
+
+def grid_of(shape: tuple[int, ...], chunks: tuple[int, ...]) -> tuple[int, ...]:
+    """Return how many chunks an array has along each dimension; none where it is empty."""
+    if not prod(shape):
+        return (0,) * max(1, len(shape))
+    return tuple(-(-n // c) for n, c in zip(shape, chunks, strict=True))

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 
-from mb_ckpt import writing
-from mb_ckpt.catalogue import step_name
 from mb_ckpt.collector import paused
-from mb_ckpt.commit import RankReport, commit, discard, now, prepare, versions
 from mb_ckpt.errors import CheckpointError, storage_error
-from mb_ckpt.layouts import Layout, Recipe, make_recipe, packed_task
-from mb_ckpt.manifest import DataFile, Manifest
-from mb_ckpt.packed import Grid
-from mb_ckpt.retention import Retention, prune
+from mb_ckpt.format.manifest import DataFile, Manifest
+from mb_ckpt.format.packed import Grid
+from mb_ckpt.places.catalogue import step_name
+from mb_ckpt.places.commit import RankReport, commit, discard, now, prepare, versions
+from mb_ckpt.places.retention import Retention, prune
+from mb_ckpt.saving import writing
+from mb_ckpt.saving.recipes import Layout, Recipe, make_recipe, packed_task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mb_ckpt.interfaces import Claim, Store
-    from mb_ckpt.planning import Share
+    from mb_ckpt.places.replication import Replicator
     from mb_ckpt.ranks import Ranks
-    from mb_ckpt.replication import Replicator
-    from mb_ckpt.staging import Snapshot
-    from mb_ckpt.writer_process import WriterProcess
-    from mb_ckpt.writing import Task
+    from mb_ckpt.saving.planning import Share
+    from mb_ckpt.saving.staging import Snapshot
+    from mb_ckpt.saving.writer_process import WriterProcess
+    from mb_ckpt.saving.writing import Task
 
 _LOG = logging.getLogger("mb_ckpt")
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from mb_ckpt.packed import Grid, encode_metadata, write_array
-from mb_ckpt.zarr_arrays import GROUP, write_arrays
+from mb_ckpt.format.packed import Grid, encode_metadata, write_array
+from mb_ckpt.format.zarr_arrays import GROUP, write_arrays
 
 if TYPE_CHECKING:
+    from mb_ckpt.format.tensorstore_io import Bytes
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.on_demand import BytesOnDemand
-    from mb_ckpt.tensorstore_io import Bytes
+    from mb_ckpt.saving.on_demand import BytesOnDemand
 
 Task = dict[str, Any]
 """JSON data: ``path``, ``nbytes``, ``compression`` and, in layout zarr, ``arrays``."""
@@ -23,7 +23,7 @@ def perform(store: Store, task: Task, data: Bytes | BytesOnDemand) -> dict[str, 
 
     Args:
         store: The place.
-        task: With ``arrays``, as `mb_ckpt.zarr_arrays.write_arrays` takes them, boxes are written
+        task: With ``arrays``, as `mb_ckpt.format.zarr_arrays.write_arrays` takes them, boxes are written
             into arrays below ``path``; without, all of *data* becomes the packed array ``path``.
         data: The staged bytes, ``nbytes`` long.
 

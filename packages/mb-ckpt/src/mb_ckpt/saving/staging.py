@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mb_ckpt.on_demand import BytesOnDemand
+from mb_ckpt.saving.on_demand import BytesOnDemand
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mb_ckpt.host_memory import HostMemory
-    from mb_ckpt.planning import Share
-    from mb_ckpt.storable import Rows
-    from mb_ckpt.tensorstore_io import Bytes
+    from mb_ckpt.format.tensorstore_io import Bytes
+    from mb_ckpt.saving.host_memory import HostMemory
+    from mb_ckpt.saving.planning import Share
+    from mb_ckpt.states.storable import Rows
 
 
 class Snapshot:

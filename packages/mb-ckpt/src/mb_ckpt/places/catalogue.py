@@ -7,10 +7,10 @@ import logging
 import re
 from typing import TYPE_CHECKING
 
-from mb_ckpt import manifest as format_
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError, storage_error
-from mb_ckpt.manifest import MANIFEST, Manifest
-from mb_ckpt.tensorstore_io import get
+from mb_ckpt.format import manifest as format_
+from mb_ckpt.format.manifest import MANIFEST, Manifest
+from mb_ckpt.format.tensorstore_io import get
 
 if TYPE_CHECKING:
     from mb_ckpt.interfaces import Store

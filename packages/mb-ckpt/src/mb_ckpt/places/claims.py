@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.tensorstore_io import get, put
+from mb_ckpt.format.tensorstore_io import get, put
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from attrs import field, frozen
 from attrs.validators import ge, in_, optional
 
-from mb_ckpt.catalogue import committed, read, step_name
 from mb_ckpt.errors import CheckpointError
-from mb_ckpt.manifest import MANIFEST
+from mb_ckpt.format.manifest import MANIFEST
+from mb_ckpt.places.catalogue import committed, read, step_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

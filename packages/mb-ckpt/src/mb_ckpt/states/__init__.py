@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a state is made of: pieces of tensors, plain data, and where each value belongs."""
