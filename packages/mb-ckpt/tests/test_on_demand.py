@@ -14,6 +14,7 @@ from mb_ckpt.saving import on_demand
 from mb_ckpt.saving.on_demand import BytesOnDemand
 from mb_ckpt.saving.planning import Plan, Share, make_plan
 from mb_ckpt.states.flattening import flatten
+from mb_ckpt.states.storable import TensorToRead
 from mb_config.records import TensorShard
 
 MB = 1 << 20
@@ -67,6 +68,35 @@ def test_what_is_read_on_demand_is_what_is_loaded(layout, tmp_path, monkeypatch)
     assert all(torch.equal(into[key], values) for key, values in tensors.items())
     assert torch.equal(here["matrix"], state["here"]["matrix"])
     assert here["scalar"] == 3.5
+
+
+def to_read(values):
+    """Return *values* as a tensor that is read when it is written."""
+    scalar = not values.dim()
+    return TensorToRead(
+        dtype=values.dtype,
+        shape=tuple(values.shape),
+        read_rows=lambda start, stop: values if scalar else values[start:stop],
+    )
+
+
+@pytest.mark.parametrize("layout", ["packed", "zarr"])
+def test_tensors_to_read_are_stored_as_plain_tensors_are(layout, tmp_path):
+    tensors = {key: values_of(key, *kind) for key, kind in SHAPES.items()}
+    tensors["scalar"] = torch.tensor(2.5, dtype=torch.bfloat16)
+    lazily = {"model": {key: to_read(values) for key, values in tensors.items()}, "n": 1}
+    with CheckpointStore(tmp_path, layout=layout) as store:
+        store.save(0, lazily).result()
+        store.save(1, {"model": tensors, "n": 1}).result()
+        found = store.compare(store, step=0, other_step=1)
+    assert found.equal == len(tensors)
+    assert not found.differs
+
+
+def test_two_tensors_to_read_of_one_key_are_refused(tmp_path):
+    one = to_read(torch.ones(2))
+    with CheckpointStore(tmp_path) as store, pytest.raises(CheckpointError, match=r"a\.b"):
+        store.save(0, {"a": {"b": one}, "a.b": one})
 
 
 def test_every_row_is_read_once_and_few_at_a_time(tmp_path, monkeypatch):

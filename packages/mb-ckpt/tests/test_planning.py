@@ -12,7 +12,7 @@ from mb_ckpt.errors import CheckpointError
 from mb_ckpt.saving import planning
 from mb_ckpt.saving.planning import make_plan
 from mb_ckpt.states.boxes import Box
-from mb_ckpt.states.flattening import Spec, whole
+from mb_ckpt.states.pieces import Spec, whole
 
 
 def spec(key, shape, *, replica=0, plain=False, fixed=False):

@@ -28,7 +28,7 @@ from mb_ckpt.loading import tiers
 from mb_ckpt.loading.matching import LoadOptions
 from mb_ckpt.places import catalogue
 from mb_ckpt.places.stores import open_store
-from mb_ckpt.states.flattening import dtype_name
+from mb_ckpt.states.pieces import dtype_name
 from mb_ckpt.store import CheckpointStore
 
 if TYPE_CHECKING:

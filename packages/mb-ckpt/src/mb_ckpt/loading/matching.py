@@ -15,9 +15,10 @@ from mb_ckpt.loading.zarr_reader import fill_arrays
 from mb_ckpt.places.catalogue import step_name
 from mb_ckpt.states import plain_tree
 from mb_ckpt.states.dtensors import room_like_parameter
-from mb_ckpt.states.flattening import Piece, Stateful, dtype_name, flatten
+from mb_ckpt.states.flattening import Stateful, flatten
 from mb_ckpt.states.megatron import fill_object
 from mb_ckpt.states.meta_modules import materialize
+from mb_ckpt.states.pieces import Piece, dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

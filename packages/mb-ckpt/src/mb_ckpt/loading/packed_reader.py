@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from mb_ckpt.format.manifest import Chunk, Manifest, TensorEntry
     from mb_ckpt.interfaces import Store
-    from mb_ckpt.states.flattening import Piece
+    from mb_ckpt.states.pieces import Piece
 
 READ_BYTES = 16 << 20
 """Most bytes in one read; up to `_IN_FLIGHT` reads are under way at a time."""

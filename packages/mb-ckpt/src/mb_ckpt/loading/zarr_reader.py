@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mb_ckpt.format.manifest import Manifest, TensorEntry
     from mb_ckpt.interfaces import Store
     from mb_ckpt.states.boxes import Box
-    from mb_ckpt.states.flattening import Piece
+    from mb_ckpt.states.pieces import Piece
 
 _IN_FLIGHT_BYTES = 64 << 20
 _IN_FLIGHT = 64

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from mb_ckpt.ranks import Ranks
-    from mb_ckpt.states.flattening import Spec
+    from mb_ckpt.states.pieces import Spec
 
 SPREAD_BYTES = 4 << 10
 """Replicated pieces below this stay with the rank that has ``replica_id=0``."""

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from math import prod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,74 +14,17 @@ from torch import Tensor
 
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.states import megatron, plain_tree
-from mb_ckpt.states.boxes import Box, flat_boxes
 from mb_ckpt.states.dtensors import is_dtensor, local_shard
 from mb_ckpt.states.megatron import is_sharded
 from mb_ckpt.states.memo import KnownMapping, Memo
-from mb_ckpt.states.storable import TENSORS, Rows, check_readable, check_storable
-
-_NAMES = {
-    value: str(value).removeprefix("torch.")
-    for value in vars(torch).values()
-    if isinstance(value, torch.dtype)
-}
-
-
-@frozen(kw_only=True, eq=False)
-class Spec:
-    """Which values of a global tensor a piece holds, without the values.
-
-    Attributes:
-        key: Name of the global tensor.
-        dtype: As torch prints it, without the prefix.
-        shape: Of the whole tensor.
-        boxes: Where the values belong, in the order of the data; more than one only if the data is
-            one-dimensional.
-        held: Shape of the data.
-        nbytes: Of the data.
-        replica_id: 0 where this piece is the one to store, unless the work is spread.
-        plain: Whether it was a plain tensor, the same on every rank.
-        fixed: Whether only the rank with ``replica_id=0`` (of plain tensors: rank 0) may store it.
-    """
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
-    held: tuple[int, ...]
-    nbytes: int
-    replica_id: int = 0
-    plain: bool = False
-    fixed: bool = False
-
-    def is_like(self, data: Tensor) -> bool:
-        """Return whether *data* has the shape and dtype of the piece."""
-        return self.held == data.shape and self.dtype == _NAMES[data.dtype]
-
-
-@frozen(eq=False)
-class Piece:
-    """Values of a global tensor that are here.
-
-    Attributes:
-        spec: Which values.
-        data: The values, without their graph.
-    """
-
-    spec: Spec
-    data: Tensor
-
-    def views(self) -> Iterator[tuple[Box, Tensor]]:
-        """Yield each box with the part of ``data`` that belongs to it, in the box's shape."""
-        boxes = self.spec.boxes
-        if len(boxes) == 1:
-            box = boxes[0]
-            yield box, self.data if self.data.shape == box.shape else self.data.view(box.shape)
-            return
-        start = 0
-        for box in boxes:
-            yield box, self.data[start : start + box.volume].view(box.shape)
-            start += box.volume
+from mb_ckpt.states.pieces import Spec, of_shard, whole
+from mb_ckpt.states.storable import (
+    TENSORS,
+    Rows,
+    TensorToRead,
+    check_readable,
+    check_storable,
+)
 
 
 @frozen(kw_only=True, eq=False)
@@ -116,11 +58,6 @@ class FlatState:
     changing: list[int] = field(factory=list)
     objects: list[megatron.ObjectToFill] = field(factory=list)
     readers: dict[int, Rows] = field(factory=dict)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of *dtype* without ``torch.``."""
-    return _NAMES[dtype]
 
 
 def flatten(
@@ -236,6 +173,8 @@ class _Walk:
         if is_sharded(value):
             self._megatron(value)
             return plain_tree.ABSENT
+        if isinstance(value, TensorToRead):
+            return self._to_read(value, path)
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
             return self._array(value, path)
         if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
@@ -265,6 +204,18 @@ class _Walk:
         items = [None if item is plain_tree.ABSENT else item for item in items]
         return {"$tuple": items} if isinstance(value, tuple) else items
 
+    def _to_read(self, value: TensorToRead, path: str) -> Any:
+        if not value.nbytes or not value.shape:
+            data = value.read_rows(0, 1) if value.nbytes else torch.empty(value.shape)
+            self._plain(data.to(value.dtype).reshape(value.shape), path)
+        else:
+            self._see_plain(path)
+            data = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            self.readers[len(self.specs)] = value.read_rows
+            self.specs.append(whole(data, path))
+            self.tensors.append(data)
+        return {"$tensor": path}
+
     def _array(self, value: np.ndarray[Any, Any], path: str) -> Any:
         if value.dtype.kind not in "biufc" or not value.dtype.isnative or not value.flags.writeable:
             raise CheckpointError(
@@ -288,10 +239,13 @@ class _Walk:
         self.buffers = set()
         return tree
 
-    def _plain(self, tensor: Tensor, key: str) -> None:
+    def _see_plain(self, key: str) -> None:
         if key in self.seen:
             raise CheckpointError(f"two tensors of the state have the key {key!r}: rename one")
         self.seen[key] = True
+
+    def _plain(self, tensor: Tensor, key: str) -> None:
+        self._see_plain(key)
         spec, fixed = self.known.specs.get(key), key in self.buffers
         if spec is None or not spec.is_like(tensor) or spec.fixed != fixed:
             spec = whole(tensor, key, fixed=fixed)
@@ -315,7 +269,7 @@ class _Walk:
         )  # fmt: skip
         spec = self.known.specs.get(identity)
         if spec is None or not spec.is_like(data):
-            spec = _of_shard(shard)
+            spec = of_shard(shard)
         if shard.read_rows is None or self.loading:
             check_storable(data, shard.key)
         else:
@@ -329,69 +283,3 @@ class _Walk:
         self.met.specs[identity] = spec
         self.specs.append(spec)
         self.tensors.append(data)
-
-
-def whole(tensor: Tensor, key: str, *, fixed: bool = False) -> Spec:
-    """Return the spec of a plain tensor."""
-    shape = tuple(tensor.shape)
-    return Spec(
-        key=key,
-        dtype=_NAMES[tensor.dtype],
-        shape=shape,
-        boxes=(Box((0,) * len(shape), shape),) if tensor.numel() else (),
-        held=shape,
-        nbytes=tensor.numel() * tensor.element_size(),
-        plain=True,
-        fixed=fixed,
-    )
-
-
-def _of_shard(shard: TensorShard) -> Spec:
-    data, key = shard.data, shard.key
-    ndim = len(shard.global_shape)
-    if len(shard.offset) != ndim or len(shard.local_shape) != ndim:
-        raise CheckpointError(f"shard {key!r}: offset and local_shape need {ndim} dimensions each")
-    if dtype_name(data.dtype) != shard.dtype:
-        raise CheckpointError(
-            f"shard {key!r} says dtype={shard.dtype} but its data is {dtype_name(data.dtype)}"
-        )
-    for low, extent, size in zip(shard.offset, shard.local_shape, shard.global_shape, strict=True):
-        if low < 0 or extent < 0 or low + extent > size:
-            raise CheckpointError(
-                f"shard {key!r}: offset={shard.offset} and local_shape={shard.local_shape} reach "
-                f"outside of global_shape={shard.global_shape}"
-            )
-    boxes, expected = _boxes(shard)
-    if tuple(data.shape) != expected:
-        raise CheckpointError(
-            f"shard {key!r}: data has shape {tuple(data.shape)}, expected {expected} from "
-            f"local_shape={shard.local_shape} and flat_range={shard.flat_range}"
-        )
-    return Spec(
-        key=key,
-        dtype=shard.dtype,
-        shape=tuple(shard.global_shape),
-        boxes=boxes,
-        held=expected,
-        nbytes=data.numel() * data.element_size(),
-        replica_id=shard.replica_id,
-    )
-
-
-def _boxes(shard: TensorShard) -> tuple[tuple[Box, ...], tuple[int, ...]]:
-    """Return the boxes of *shard* in global coordinates, and the shape its data must have."""
-    local = tuple(shard.local_shape)
-    if shard.flat_range is None:
-        box = Box(tuple(shard.offset), local)
-        return ((box,) if box.volume else ()), local
-    start, stop = shard.flat_range
-    if not 0 <= start <= stop <= prod(local):
-        raise CheckpointError(
-            f"shard {shard.key!r}: flat_range={shard.flat_range} is not within the "
-            f"{prod(local)} elements of local_shape={local}"
-        )
-    boxes = tuple(
-        Box(tuple(o + b for o, b in zip(shard.offset, part.offset, strict=True)), part.shape)
-        for part in flat_boxes(local, start, stop)
-    )
-    return boxes, (stop - start,)

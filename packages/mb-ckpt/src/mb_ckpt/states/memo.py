@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mb_ckpt.states.flattening import Spec
+    from mb_ckpt.states.pieces import Spec
 
 
 @frozen(kw_only=True, eq=False)

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
+from attrs import frozen
 from torch import Tensor
 
 from mb_ckpt.errors import CheckpointError
@@ -15,6 +17,27 @@ TENSORS: frozenset[type] = frozenset((Tensor, torch.nn.Parameter, torch.nn.Buffe
 
 Rows = Callable[[int, int], Tensor]
 """Returns rows of a tensor, from the first up to and without the second number."""
+
+
+@frozen(kw_only=True, eq=False)
+class TensorToRead:
+    """A tensor of a state that is read while it is written, and stored as a plain tensor is.
+
+    Attributes:
+        dtype: Of the values.
+        shape: Of the values.
+        read_rows: Returns the rows ``start:stop`` along the first dimension, on the CPU; of a tensor
+            without dimensions, called with 0 and 1, all of it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read_rows: Rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def check_storable(data: Tensor, key: str) -> None:
