@@ -35,7 +35,8 @@ def on_each_operation(act):
 
         return run
 
-    os.fsync = hooked(os.fsync)
+    for name in ("fsync", "open", "pwritev"):
+        setattr(os, name, hooked(getattr(os, name)))
     shutil.rmtree = hooked(shutil.rmtree)
     writing.write_array = hooked(writing.write_array)
     for name in ("replace", "unlink", "mkdir", "open"):
@@ -61,7 +62,7 @@ def die_at_operation(root, n):
 
 
 def save_for_ever(root, _):
-    packed.SHARD_BYTES = 1 << 20
+    packed.LOCAL_SHARD_BYTES = 1 << 20
     kind = int(root.name.split("-")[1]) % 3
     how = [{}, {"staging": "lazy"}, {"layout": "zarr"}][kind]
     with CheckpointStore(root, keep_last=2, **how) as store:

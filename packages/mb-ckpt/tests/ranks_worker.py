@@ -90,7 +90,7 @@ def load_from_one(rank, root):
 def failures(rank, root):
     write = writing.write_array
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with CheckpointStore(root) as store:
@@ -137,7 +137,7 @@ def refusal(rank, root):
     """Only rank 1 is slow, and both refuse."""
     go, write = threading.Event(), writing.write_array
     if rank == 1:
-        writing.write_array = lambda *a: go.wait(60) and write(*a)
+        writing.write_array = lambda *a, **k: go.wait(60) and write(*a, **k)
     with CheckpointStore(root, on_busy="refuse") as store:
         first = store.save(1, state(rank))
         second = lambda: store.save(2, state(rank))
@@ -159,7 +159,7 @@ def death(rank, root):
                 store.save(step, state(rank)).result()
         store = CheckpointStore(root, process_group=pair, timeout_s=60)
         if rank == 1:
-            writing.write_array = lambda *_: os._exit(9)
+            writing.write_array = lambda *_, **__: os._exit(9)
         handle = store.save(3, state(rank))
         raises(CheckpointError, "rank 0 lost contact with the other ranks", handle.result)
         assert store.steps() == [1, 2]

@@ -18,7 +18,7 @@ FLIPS = 300
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A step of several small files, and a function that loads all of it into garbage."""
-    monkeypatch.setattr(packed, "SHARD_BYTES", 16384)
+    monkeypatch.setattr(packed, "LOCAL_SHARD_BYTES", 16384)
     monkeypatch.setattr(packed, "INNER_BYTES", 4096)
     state = {f"t{i}": torch.randn(900, generator=torch.manual_seed(i)) for i in range(12)}
     with CheckpointStore(tmp_path) as store:

@@ -107,6 +107,9 @@ class ShortWrite:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+PWRITEV = os.pwritev
+
+
 def failing(left, fault):
     """Return a wrapper whose calls, counted together, fail once at number ``left[0]``."""
 
@@ -115,8 +118,12 @@ def failing(left, fault):
             left[0] -= 1
             if left[0] != -1:
                 return call(*args, **kwargs)
-            if fault == "short" and call.__name__ == "open":
+            if fault == "short" and call == Path.open:
                 return ShortWrite(call(*args, **kwargs))
+            if fault == "short" and call is PWRITEV:
+                file, buffers, at = args
+                half = b"".join(buffers)
+                call(file, [half[: len(half) // 2]], at)
             code = errno.ENOSPC if fault == "short" else fault
             raise OSError(code, os.strerror(code))
 
@@ -126,7 +133,7 @@ def failing(left, fault):
 
 
 OPERATIONS = [
-    (os, "fsync"), (shutil, "rmtree"), (writing, "write_array"), (writing, "write_arrays"),
+    (os, "fsync"), (os, "open"), (os, "pwritev"), (shutil, "rmtree"), (writing, "write_array"), (writing, "write_arrays"),
     *((Path, name) for name in ("replace", "unlink", "mkdir", "open")),
 ]  # fmt: skip
 
@@ -165,7 +172,7 @@ def test_any_file_operation_may_fail_and_the_run_goes_on(tmp_path, monkeypatch, 
 
 
 def test_a_full_disk_is_called_so_as_tensorstore_says_it(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise ValueError(
             'RESOURCE_EXHAUSTED: Error writing local file "/x/c/2": Failed writing: "/x/c/2.__lock": '
             "Failed to write 4420 bytes to file 5: No space left on device [os_error_code='28']"

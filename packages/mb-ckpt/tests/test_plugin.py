@@ -75,7 +75,7 @@ def test_async_save_and_async_queue_are_passed_on(tmp_path, monkeypatch):
     sync = make(save=str(tmp_path / "a"), async_save=False)
     assert sync.save(1, {"w": torch.ones(1)}).done()
     sync.close()
-    monkeypatch.setattr(writing, "write_array", lambda *a: go.wait(20) and write(*a))
+    monkeypatch.setattr(writing, "write_array", lambda *a, **k: go.wait(20) and write(*a, **k))
     refusing = make(save=str(tmp_path / "b"), async_queue="refuse")
     assert not refusing.save(1, {"w": torch.ones(1)}).done()
     with pytest.raises(CheckpointBusyError):

@@ -60,10 +60,10 @@ def test_the_background_owns_a_snapshot(tmp_path, monkeypatch):
     begun, go = threading.Event(), threading.Event()
     write = writing.write_array
 
-    def held(*args):
+    def held(*args, **options):
         begun.set()
         assert go.wait(20)
-        write(*args)
+        write(*args, **options)
 
     monkeypatch.setattr(writing, "write_array", held)
     with CheckpointStore(tmp_path) as store:
@@ -94,7 +94,7 @@ def test_each_of_many_saves_in_a_row_holds_its_own_values(tmp_path):
 def test_a_second_save_waits_or_is_refused_as_asked(tmp_path, monkeypatch):
     go = threading.Event()
     write = writing.write_array
-    monkeypatch.setattr(writing, "write_array", lambda *a: go.wait(20) and write(*a))
+    monkeypatch.setattr(writing, "write_array", lambda *a, **k: go.wait(20) and write(*a, **k))
     with CheckpointStore(tmp_path / "refuse", on_busy="refuse") as store:
         store.save(1, {"w": torch.ones(3)})
         with pytest.raises(CheckpointBusyError, match="step 2 was not saved: step 1 is still"):
@@ -111,7 +111,7 @@ def test_a_second_save_waits_or_is_refused_as_asked(tmp_path, monkeypatch):
 def test_a_handle_says_when_time_is_up(tmp_path, monkeypatch):
     go = threading.Event()
     write = writing.write_array
-    monkeypatch.setattr(writing, "write_array", lambda *a: go.wait(20) and write(*a))
+    monkeypatch.setattr(writing, "write_array", lambda *a, **k: go.wait(20) and write(*a, **k))
     with CheckpointStore(tmp_path) as store:
         handle = store.save(1, {"w": torch.ones(3)})
         with pytest.raises(TimeoutError):

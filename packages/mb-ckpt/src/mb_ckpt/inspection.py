@@ -12,9 +12,10 @@ import torch
 from attrs import field, frozen
 
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError
-from mb_ckpt.format.tensorstore_io import get, start_read
+from mb_ckpt.format.tensorstore_io import get
 from mb_ckpt.format.zarr_arrays import grid_of
-from mb_ckpt.loading.packed_reader import READ_BYTES, damage, data_path, open_file
+from mb_ckpt.loading.packed_reader import damage, data_path, open_file
+from mb_ckpt.loading.segments import READ_BYTES
 from mb_ckpt.loading.zarr_reader import verify_arrays
 from mb_ckpt.places.catalogue import step_name
 from mb_ckpt.states import plain_tree
@@ -162,7 +163,7 @@ def _verify_file(store: Store, manifest: Manifest, index: int, faults: list[str]
 
 def _fault(array: Any, start: int, out: Any) -> Exception | None:
     try:
-        start_read(array, slice(start, start + len(out)), out).result()
+        array.read(start, [out.data])
     except (ValueError, OSError, CheckpointError) as e:
         return e
     return None

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import tensorstore as ts
 from attrs import frozen
 
-from mb_ckpt.format.tensorstore_io import CONTEXT, below
+from mb_ckpt.format.local_reader import LocalArray
+from mb_ckpt.format.local_writer import is_local, write_shards
+from mb_ckpt.format.tensorstore_io import CONTEXT, below, start_read
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from mb_ckpt.format.tensorstore_io import Bytes
     from mb_ckpt.saving.on_demand import BytesOnDemand
@@ -25,6 +29,8 @@ INNER_BYTES = 1 << 20
 SHARD_BYTES = 8 << 20
 """Bytes in one file of arrays up to 4 GiB: small enough for the allocator to reuse the buffers that
 chunks are encoded into, instead of getting fresh pages for each."""
+LOCAL_SHARD_BYTES = 64 << 20
+"""The same where nothing is encoded: every file costs a sync."""
 _MOST_FILES = 512
 _LARGEST_SHARD_BYTES = 64 << 20
 _IN_FLIGHT_BYTES = 32 << 20
@@ -47,10 +53,17 @@ class Grid:
     compression: int | None = None
 
     @classmethod
-    def of(cls, nbytes: int, compression: int | None = None) -> Grid:
-        """Return the grid for a new array of *nbytes*, not 0."""
+    def of(cls, nbytes: int, compression: int | None = None, *, local: bool = False) -> Grid:
+        """Return the grid for a new array of *nbytes*, not 0.
+
+        Args:
+            nbytes: Length of the array.
+            compression: Level of zstd, None for none.
+            local: Whether `mb_ckpt.format.local_writer` writes it.
+        """
         inner = min(INNER_BYTES, -(-nbytes // 4096) * 4096)
-        wanted = min(max(SHARD_BYTES, nbytes // _MOST_FILES), _LARGEST_SHARD_BYTES)
+        least = LOCAL_SHARD_BYTES if local else SHARD_BYTES
+        wanted = min(max(least, nbytes // _MOST_FILES), _LARGEST_SHARD_BYTES)
         shard = inner * min(max(1, wanted // inner), -(-nbytes // inner))
         return cls(nbytes, inner, shard, compression)
 
@@ -106,14 +119,69 @@ def open_array(kvstore: Mapping[str, Any], path: str, metadata: Mapping[str, Any
     return ts.open(spec, open=True, assume_metadata=True, context=CONTEXT).result()
 
 
+class RemoteArray:
+    """A packed array that tensorstore reads.
+
+    Args:
+        kvstore: The place.
+        path: Of the array.
+        grid: How it is cut.
+    """
+
+    def __init__(self, kvstore: Mapping[str, Any], path: str, grid: Grid) -> None:
+        self._array = open_array(kvstore, path, array_metadata(grid))
+
+    def read(self, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill *buffers*, one after the other, with the bytes of the array from *start* on.
+
+        Raises:
+            OSError: If the storage refuses.
+            ValueError: As tensorstore says it, if bytes are missing or damaged.
+        """
+        reads = []
+        for buffer in buffers:
+            out = np.frombuffer(buffer, np.uint8)
+            reads.append(start_read(self._array, slice(start, start + len(out)), out))
+            start += len(out)
+        try:
+            for read in reads:
+                read.result()
+        finally:
+            for read in reads:  # they write into memory that may be freed
+                read.exception()
+
+
+def open_packed(kvstore: Mapping[str, Any], path: str, grid: Grid) -> LocalArray | RemoteArray:
+    """Return the packed array at *path* for reading, without touching the storage."""
+    if is_local(kvstore, grid.compression):
+        return LocalArray(Path(kvstore["path"]) / path, grid)
+    return RemoteArray(kvstore, path, grid)
+
+
 def write_array(
-    kvstore: Mapping[str, Any], path: str, data: Bytes | BytesOnDemand, grid: Grid
+    kvstore: Mapping[str, Any],
+    path: str,
+    data: Bytes | BytesOnDemand,
+    grid: Grid,
+    *,
+    read_soon: bool = False,
 ) -> None:
     """Write *data* (1-D, not empty) as the packed array at *path*; durable on return.
 
+    Args:
+        kvstore: The place.
+        path: Of the array.
+        data: The bytes.
+        grid: How to cut them.
+        read_soon: Whether to keep them in the page cache of this machine, for who copies them.
+
     Raises:
+        OSError: If the storage refuses.
         ValueError: As tensorstore says it.
     """
+    if is_local(kvstore, grid.compression):
+        write_shards(Path(kvstore["path"]) / path, data, grid, direct=not read_soon)
+        return
     array = open_array(kvstore, path, array_metadata(grid))
     pending: deque[Any] = deque()
     most = max(2, _IN_FLIGHT_BYTES // grid.shard)

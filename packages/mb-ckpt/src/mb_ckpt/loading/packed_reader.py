@@ -1,92 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill pieces of any layout from a step of any other: which bytes to read, then reading them."""
+"""Fill pieces of any layout from a step of any other, in few large reads that go on side by side."""
 
 from __future__ import annotations
 
 import re
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from attrs import define, field, frozen
-from torch import Tensor
 
 from mb_ckpt.errors import CheckpointError, CorruptCheckpointError, storage_error
-from mb_ckpt.format.packed import ALIGNMENT, INNER_BYTES, array_metadata, open_array
-from mb_ckpt.format.tensorstore_io import start_read
+from mb_ckpt.format.local_writer import is_local
+from mb_ckpt.format.packed import ALIGNMENT, INNER_BYTES, open_packed
+from mb_ckpt.loading import segments as planning
+from mb_ckpt.loading.segments import Segment, bits, segments_of
 from mb_ckpt.places.catalogue import step_name
-from mb_ckpt.states.boxes import Box, cut, extent, strides
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from mb_ckpt.format.manifest import Chunk, Manifest, TensorEntry
+    from torch import Tensor
+
+    from mb_ckpt.format.local_reader import LocalArray
+    from mb_ckpt.format.manifest import Manifest
+    from mb_ckpt.format.packed import RemoteArray
     from mb_ckpt.interfaces import Store
     from mb_ckpt.states.pieces import Piece
 
-READ_BYTES = 16 << 20
-"""Most bytes in one read; up to `_IN_FLIGHT` reads are under way at a time."""
 _IN_FLIGHT = 4
-_MANY_CHUNKS = 16
+_LEAST_DIRECT = 64 << 10
+"""Smaller runs of values are cheaper to copy, many in one call, than to read to their places."""
 # What tensorstore says of a file that is there, or should be, and does not hold what it should.
 _DAMAGED = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return *tensor* seen as integers of the same width, so that a copy keeps every bit pattern.
-
-    complex128, for which there is no such integer, comes back as it is.
-    """
-    kind = _BITS.get(tensor.element_size())
-    return tensor if kind is None else tensor.view(kind)
-
-
-@frozen(eq=False)
-class Segment:
-    """One run of bytes in a file, and the part of a tensor that gets values from it.
+@define(eq=False)
+class Read:
+    """Segments of one file that are read together, as the bytes ``start:stop``.
 
     Attributes:
-        key: Of the tensor.
         file: Index of the file.
         start, stop: Bytes.
-        strides: Of the part within the run, in elements.
-        target: Where the values go.
+        direct: Bytes that go straight to where they belong, ascending: the first, the one after
+            the last, and the memory.
+        scattered: Segments whose bytes are read into a buffer first.
+        segments: All, also those whose bytes are only in part among these.
     """
 
-    key: str
     file: int
     start: int
     stop: int
-    strides: tuple[int, ...]
-    target: Tensor
+    direct: list[tuple[int, int, memoryview]] = field(factory=list)
+    scattered: list[Segment] = field(factory=list)
+    segments: list[Segment] = field(factory=list)
 
-    def direct(self) -> Tensor | None:
-        """Return the target as bytes if the run can be read straight into it."""
-        dense = self.strides == strides(tuple(self.target.shape))
-        wide = self.stop - self.start >= INNER_BYTES
-        if wide and dense and self.target.is_contiguous() and self.target.device.type == "cpu":
-            return self.target.view(-1).view(torch.uint8)
-        return None
+    @property
+    def needs_buffer(self) -> bool:
+        """Whether not all bytes go straight to where they belong."""
+        return sum(stop - start for start, stop, _ in self.direct) < self.stop - self.start
 
-    def scatter(self, run: Tensor) -> None:
-        """Copy the values from *run*, the bytes ``start:stop``."""
-        target = bits(self.target)
-        values = run.view(target.dtype)
-        target.copy_(values.as_strided(target.shape, self.strides, values.storage_offset()))
+    def places(self, buffer: memoryview | None) -> list[memoryview]:
+        """Return where the bytes go, those that are not direct into *buffer* by their distance."""
+        out, at = [], self.start
+        for start, stop, memory in (*self.direct, (self.stop, self.stop, None)):
+            if start > at:
+                assert buffer is not None
+                out.append(buffer[at - self.start : start - self.start])
+            if memory is not None:
+                out.append(memory)
+            at = stop
+        return out
 
-
-@frozen(eq=False)
-class Read:
-    """Segments of one file that are read together, as the bytes ``start:stop``."""
-
-    file: int
-    start: int
-    stop: int
-    segments: list[Segment]
+    def hand_out(self, buffer: Tensor) -> None:
+        """Copy what was read into *buffer* to where it belongs, in one call, without the GIL."""
+        targets, values = [], []
+        for s in self.scattered:
+            target = bits(s.target)
+            run = buffer[s.start - self.start : s.stop - self.start].view(target.dtype)
+            targets.append(target)
+            values.append(run.as_strided(target.shape, s.strides, run.storage_offset()))
+        if targets:
+            torch._foreach_copy_(targets, values)
 
 
 def listing(names: list[str], most: int = 10) -> str:
@@ -102,12 +98,18 @@ def fill(store: Store, manifest: Manifest, pieces: list[Piece]) -> None:
     Raises:
         CorruptCheckpointError: If stored bytes are damaged or missing; names tensor and file.
     """
-    segments = [s for piece in pieces for s in _segments(piece, manifest.tensors[piece.spec.key])]
-    _Filling(store, manifest).run(_reads(segments))
+    segments = [s for piece in pieces for s in segments_of(piece, manifest.tensors[piece.spec.key])]
+    mixed = is_local(store.kvstore, manifest.compression)
+    _Filling(store, manifest).run(list(_reads(segments, mixed=mixed)))
 
 
-def _buffer() -> Tensor:
-    return torch.empty(READ_BYTES + ALIGNMENT, dtype=torch.uint8)
+@frozen(eq=False)
+class _Pending:
+    """A read under way."""
+
+    read: Read
+    buffer: Tensor | None
+    future: Future[None]
 
 
 @define(eq=False)
@@ -116,76 +118,63 @@ class _Filling:
 
     store: Store
     manifest: Manifest
-    arrays: dict[int, Any] = field(factory=dict)
+    arrays: dict[int, LocalArray | RemoteArray] = field(factory=dict)
     buffers: list[Tensor] = field(factory=list)
-    pending: deque[tuple[Read, Any, Tensor | None]] = field(factory=deque)
+    pending: deque[_Pending] = field(factory=deque)
 
-    def run(self, reads: Iterable[Read]) -> None:
+    def run(self, reads: list[Read]) -> None:
         """Carry out *reads*, a few at a time."""
-        try:
+        with ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="mb-ckpt-read") as threads:
             for read in reads:
                 if len(self.pending) >= _IN_FLIGHT:
                     self._finish()
-                self._start(read)
+                self._start(read, threads)
             while self.pending:
                 self._finish()
-        finally:
-            for _, future, _ in self.pending:  # they write into memory about to be freed
-                future.exception()
 
-    def _start(self, read: Read) -> None:
+    def _start(self, read: Read, threads: ThreadPoolExecutor) -> None:
         if read.file not in self.arrays:
             self.arrays[read.file] = open_file(self.store, self.manifest, read.file)
-        out = read.segments[0].direct() if len(read.segments) == 1 else None
         buffer = None
-        if out is None:
+        if read.needs_buffer:
             buffer = self.buffers.pop() if self.buffers else _buffer()
-            out = buffer[: read.stop - read.start]
-        future = start_read(self.arrays[read.file], slice(read.start, read.stop), out.numpy())
-        self.pending.append((read, future, buffer))
+        places = read.places(None if buffer is None else buffer.numpy().data)
+        future = threads.submit(self.arrays[read.file].read, read.start, places)
+        self.pending.append(_Pending(read, buffer, future))
 
     def _finish(self) -> None:
         """Wait for the oldest read, hand out what it brought and keep its buffer."""
-        read, future, buffer = self.pending.popleft()
+        one = self.pending.popleft()
         try:
-            future.result()
+            one.future.result()
         except (ValueError, OSError):
             # Again one by one: the message names the tensor, and damage beside them is none.
-            for segment in read.segments:
+            for segment in one.read.segments:
                 self._read_alone(segment)
         else:
-            if buffer is not None:
-                _hand_out(read, buffer)
-        if buffer is not None:
-            self.buffers.append(buffer)
+            if one.buffer is not None:
+                one.read.hand_out(one.buffer)
+        if one.buffer is not None:
+            self.buffers.append(one.buffer)
 
     def _read_alone(self, segment: Segment) -> None:
         first = segment.start - segment.start % ALIGNMENT
         out = torch.empty(segment.stop - first, dtype=torch.uint8)
         try:
-            where = slice(first, segment.stop)
-            start_read(self.arrays[segment.file], where, out.numpy()).result()
+            self.arrays[segment.file].read(first, [out.numpy().data])
         except (ValueError, OSError) as e:
             path = f"{self.store.url}/{data_path(self.manifest, segment.file)}"
             raise damage(path, [segment.key], e) from e
         segment.scatter(out[segment.start - first :])
 
 
-def _hand_out(read: Read, buffer: Tensor) -> None:
-    """Copy what *read* brought to where it belongs, all in one call that frees the interpreter."""
-    targets, values = [], []
-    for s in read.segments:
-        target = bits(s.target)
-        run = buffer[s.start - read.start : s.stop - read.start].view(target.dtype)
-        targets.append(target)
-        values.append(run.as_strided(target.shape, s.strides, run.storage_offset()))
-    torch._foreach_copy_(targets, values)
+def _buffer() -> Tensor:
+    return torch.empty(planning.READ_BYTES + ALIGNMENT, dtype=torch.uint8)
 
 
-def open_file(store: Store, manifest: Manifest, index: int) -> Any:
-    """Return the packed array of one rank, as tensorstore opens it."""
-    metadata = array_metadata(manifest.files[index].grid)
-    return open_array(store.kvstore, data_path(manifest, index), metadata)
+def open_file(store: Store, manifest: Manifest, index: int) -> LocalArray | RemoteArray:
+    """Return the packed array of one rank, for reading."""
+    return open_packed(store.kvstore, data_path(manifest, index), manifest.files[index].grid)
 
 
 def data_path(manifest: Manifest, index: int) -> str:
@@ -213,80 +202,79 @@ def damage(path: str, keys: list[str], error: Exception) -> CheckpointError:
     return storage_error(f"reading {names} from {path}", error)
 
 
-def _segments(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
-    """Yield the runs of bytes that together fill *piece*."""
-    key, width = piece.spec.key, piece.data.element_size()
-    gap, limit = INNER_BYTES // width, READ_BYTES // width
-    for box, view in piece.views():
-        if len(entry.chunks) == 1 and view.numel() <= limit:
-            file, first, offset, shape = entry.chunks[0]
-            if (offset, shape) == (box.offset, box.shape):  # nearly always: spared the algebra
-                stop = first + view.numel() * width
-                yield Segment(key, file, first, stop, strides(shape), view)
-                continue
-        found = 0
-        for chunk in _near(box, entry.chunks):
-            file, first, offset, shape = chunk
-            common = box.intersect(Box(offset, shape))
-            if common is None:
-                continue
-            found += common.volume
-            stride = strides(shape)
-            for part in cut(
-                Box(common.relative_to(offset), common.shape), stride, gap=gap, limit=limit
-            ):
-                skipped = sum(o * s for o, s in zip(part.offset, stride, strict=True))
-                start = first + skipped * width
-                here = tuple(
-                    p + o - b for p, o, b in zip(part.offset, offset, box.offset, strict=True)
-                )
-                yield Segment(
-                    key=key,
-                    file=file,
-                    start=start,
-                    stop=start + extent(part.shape, stride) * width,
-                    strides=stride,
-                    target=_narrow(view, Box(here, part.shape)),
-                )
-        if found != box.volume:
-            raise CorruptCheckpointError(
-                f"tensor {key!r}: the manifest holds {found} of the {box.volume} elements at "
-                f"{box.offset}: load another step"
-            )
+def _reads(segments: Iterable[Segment], *, mixed: bool) -> Iterator[Read]:
+    """Yield reads in the order of the files, neighbouring segments together.
 
-
-def _near(box: Box, chunks: tuple[Chunk, ...]) -> Iterable[Chunk]:
-    """Return the chunks that may meet *box*."""
-    if len(chunks) < _MANY_CHUNKS or not box.shape:
-        return chunks
-    low = np.array([offset for _, _, offset, _ in chunks])
-    high = low + np.array([shape for _, _, _, shape in chunks])
-    start = np.array(box.offset)
-    meets = ((low < start + np.array(box.shape)) & (high > start)).all(axis=1)
-    return [chunks[i] for i in np.flatnonzero(meets)]
-
-
-def _narrow(view: Tensor, box: Box) -> Tensor:
-    if tuple(view.shape) == box.shape:
-        return view
-    return view[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
-
-
-def _reads(segments: list[Segment]) -> Iterator[Read]:
-    """Yield reads in the order of the files, neighbouring segments together."""
-    together: list[Segment] = []
-    file = start = stop = 0
+    Args:
+        segments: In any order.
+        mixed: Whether a read can go to several places: then it begins and ends, where it can, at
+            multiples of 16 MiB, so that no chunk is read twice.
+    """
+    least = _LEAST_DIRECT if mixed else INNER_BYTES
+    reads = _Reads(mixed=mixed)
     for segment in sorted(segments, key=lambda s: (s.file, s.start)):
-        if segment.direct() is not None:
-            yield Read(segment.file, segment.start, segment.stop, [segment])
-            continue
-        far = segment.file != file or segment.start - stop >= INNER_BYTES
-        if together and (far or segment.stop - start > READ_BYTES):
-            yield Read(file, start, stop, together)
-            together = []
-        if not together:
-            file, start, stop = segment.file, segment.start - segment.start % ALIGNMENT, 0
-        together.append(segment)
-        stop = max(stop, segment.stop)
-    if together:
-        yield Read(file, start, stop, together)
+        memory = segment.direct(least)
+        yield from reads.add(segment) if memory is None else reads.add_direct(segment, memory)
+    yield from reads.end()
+
+
+class _Reads:
+    """Makes reads of segments that come in the order of the files."""
+
+    def __init__(self, *, mixed: bool) -> None:
+        self._mixed = mixed
+        self._read: Read | None = None
+
+    def add(self, segment: Segment) -> Iterator[Read]:
+        """Take in a segment that goes through a buffer; yield what was read before it."""
+        read = self._read
+        if read is not None and (
+            self._is_far(segment)
+            or segment.stop - read.start > planning.READ_BYTES
+            # Bytes that have gone straight to another place are in no buffer.
+            or (read.direct and segment.start < read.direct[-1][1])
+        ):
+            yield from self.end()
+        read = self._begun(segment.file, segment.start)
+        read.stop = max(read.stop, segment.stop)
+        read.scattered.append(segment)
+        read.segments.append(segment)
+
+    def add_direct(self, segment: Segment, memory: memoryview) -> Iterator[Read]:
+        """Take in a segment whose bytes go straight to *memory*; yield what was read before it."""
+        if not self._mixed:
+            whole = (segment.start, segment.stop, memory)
+            yield Read(segment.file, segment.start, segment.stop, [whole], [], [segment])
+            return
+        if self._read is not None and (self._is_far(segment) or segment.start < self._read.stop):
+            yield from self.end()
+        at, limit = segment.start, planning.READ_BYTES
+        while at < segment.stop:
+            read = self._begun(segment.file, at)
+            end = (read.start // limit + 1) * limit
+            if at >= end:
+                yield from self.end()
+                continue
+            upto = min(segment.stop, end)
+            read.direct.append((at, upto, memory[at - segment.start : upto - segment.start]))
+            read.segments.append(segment)
+            read.stop = at = upto
+            if at == end:
+                yield from self.end()
+
+    def end(self) -> Iterator[Read]:
+        """Yield the read that was being made, if any."""
+        if self._read is not None:
+            yield self._read
+            self._read = None
+
+    def _begun(self, file: int, start: int) -> Read:
+        if self._read is None:
+            start -= start % ALIGNMENT  # values lie in the buffer as they do in the file
+            self._read = Read(file, start, start)
+        return self._read
+
+    def _is_far(self, segment: Segment) -> bool:
+        read = self._read
+        assert read is not None
+        return segment.file != read.file or segment.start - read.stop >= INNER_BYTES

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory that grows and stays: private, pinned for CUDA, or shared with a writer process."""
+"""Host memory that grows and stays: private, pinned for CUDA, or shared with a writer process.
+
+It begins at a page, so that a disk can take the bytes straight out of it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.format.local_writer import PAGE
 
 
 class HostMemory:
@@ -45,7 +49,9 @@ class HostMemory:
         total = max(total, self.tensor.numel())
         self._free()  # first: never two buffers
         if self.descriptor < 0:
-            self.tensor = torch.zeros(total, dtype=torch.uint8, pin_memory=pinned)
+            room = torch.zeros(total + PAGE, dtype=torch.uint8, pin_memory=pinned)
+            start = -room.data_ptr() % PAGE
+            self.tensor = room[start : start + total]
             return True
         if total:
             os.ftruncate(self.descriptor, total)

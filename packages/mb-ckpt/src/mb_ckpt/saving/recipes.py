@@ -59,9 +59,16 @@ def make_recipe(plan: Plan, rank: int, layout: Layout, compression: int | None) 
     return _zarr_recipe(plan, rank, compression)
 
 
-def packed_task(path: str, rank: int, nbytes: int, compression: int | None) -> Task:
+def packed_task(
+    path: str, rank: int, nbytes: int, compression: int | None, *, read_soon: bool
+) -> Task:
     """Return the task of writing a rank's bytes as one array below *path*."""
-    return {"path": f"{path}/rank_{rank:05d}", "nbytes": nbytes, "compression": compression}
+    return {
+        "path": f"{path}/rank_{rank:05d}",
+        "nbytes": nbytes,
+        "compression": compression,
+        "read_soon": read_soon,
+    }
 
 
 def _packed_table(plan: Plan) -> TensorTable:

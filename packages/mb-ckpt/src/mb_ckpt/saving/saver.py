@@ -237,7 +237,8 @@ class Saver:
         """Write this rank's bytes; what goes wrong is in the report, for all to hear."""
         path = f"{step_name(step)}/{data}"
         nbytes, rank = len(snapshot.data), self.ranks.rank
-        task = packed_task(path, rank, nbytes, self.compression)
+        copied = self.replicator is not None
+        task = packed_task(path, rank, nbytes, self.compression, read_soon=copied)
         if recipe.arrays is not None:
             task |= {"path": path, "arrays": recipe.arrays, "group": rank == 0}
         report = self._try(snapshot, task)

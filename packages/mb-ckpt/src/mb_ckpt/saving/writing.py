@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
+from mb_ckpt.format.local_writer import is_local
 from mb_ckpt.format.packed import Grid, encode_metadata, write_array
 from mb_ckpt.format.zarr_arrays import GROUP, write_arrays
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from mb_ckpt.saving.on_demand import BytesOnDemand
 
 Task = dict[str, Any]
-"""JSON data: ``path``, ``nbytes``, ``compression`` and, in layout zarr, ``arrays``."""
+"""JSON data: ``path``, ``nbytes``, ``compression``, ``read_soon`` and, in layout zarr, ``arrays``."""
 
 
 def perform(store: Store, task: Task, data: Bytes | BytesOnDemand) -> dict[str, Any] | None:
@@ -44,8 +45,9 @@ def perform(store: Store, task: Task, data: Bytes | BytesOnDemand) -> dict[str, 
         return None
     if not len(data):
         return None
-    grid = Grid.of(len(data), task["compression"])
-    write_array(store.kvstore, path, data, grid)
+    local = is_local(store.kvstore, task["compression"])
+    grid = Grid.of(len(data), task["compression"], local=local)
+    write_array(store.kvstore, path, data, grid, read_soon=task["read_soon"])
     # Last and by publish, which makes the directories durable as well.
     metadata = encode_metadata(grid)
     store.publish(f"{path}/zarr.json", metadata)

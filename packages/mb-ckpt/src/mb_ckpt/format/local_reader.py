@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shard files of an uncompressed packed array on a local disk, read straight into their targets.
+
+Every chunk that is touched is read as a whole and checked against its crc32c; that the bytes between
+chunks are zeros is checked as well, so that no bit of a file can flip unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from attrs import define, field, frozen
+from crc32c import crc32c
+
+from mb_ckpt.format.local_writer import ABSENT, CRC_BYTES, MOST_BUFFERS, PAGE, index_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from mb_ckpt.format.packed import Grid
+
+_LARGEST_GAP = 2 * PAGE
+_MOST_CHUNKS = 8
+"""In one call: checked while they are still in the processor's cache."""
+_ZEROS = bytes(_LARGEST_GAP)
+
+
+class DamagedChunkError(ValueError):
+    """Bytes of a file are missing or not what was written; says which, in tensorstore's words."""
+
+
+@frozen
+class _Chunk:
+    """Where an encoded chunk is, and how many zeros follow it."""
+
+    offset: int
+    gap: int
+
+
+@define
+class LocalArray:
+    """The files of one array, open for reading from several threads.
+
+    Attributes:
+        folder: Of the array.
+        grid: Without compression.
+    """
+
+    folder: Path
+    grid: Grid
+    _indices: dict[int, list[_Chunk | None]] = field(factory=dict, init=False)
+
+    def read(self, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill *buffers*, one after the other, with the bytes of the array from *start* on.
+
+        Raises:
+            DamagedChunkError: If bytes are missing or damaged; names the file.
+            OSError: If the storage refuses.
+        """
+        supply = _Supply(buffers)
+        stop = start + supply.left
+        for shard in range(start // self.grid.shard, -(-stop // self.grid.shard)):
+            base = shard * self.grid.shard
+            low, high = max(start, base) - base, min(stop, base + self.grid.shard) - base
+            path = f"{self.folder}/c/{shard}"
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                raise DamagedChunkError(f'NOT_FOUND: chunk is missing: "{path}"') from None
+            try:
+                index = self._indices.get(shard)
+                if index is None:
+                    index = self._indices[shard] = _read_index(file, path, self.grid)
+                self._read_chunks(_Run(file, path), index, low, high, supply)
+            finally:
+                os.close(file)
+
+    def _read_chunks(
+        self, run: _Run, index: list[_Chunk | None], low: int, high: int, supply: _Supply
+    ) -> None:
+        """Read the bytes ``low:high`` of a file's part of the array."""
+        inner = self.grid.inner
+        for number in range(low // inner, -(-high // inner)):
+            chunk = index[number]
+            if chunk is None:
+                raise run.damaged(f"chunk {number} is missing", "NOT_FOUND")
+            if not run.is_followed_by(chunk):
+                run.read()
+            begin = number * inner
+            before = max(0, low - begin)
+            wanted = min(high - begin, inner) - before
+            after = inner - before - wanted
+            run.add(number, chunk, [*_scratch(before), *supply.take(wanted), *_scratch(after)])
+        run.read()
+
+
+class _Supply:
+    """Buffers, handed out piece by piece."""
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._buffers = list(buffers)
+        self._buffers.reverse()
+        self.left = sum(map(len, buffers))
+
+    def take(self, count: int) -> Iterator[memoryview]:
+        """Yield the next *count* bytes."""
+        self.left -= count
+        while count:
+            buffer = self._buffers.pop()
+            if len(buffer) > count:
+                self._buffers.append(buffer[count:])
+                buffer = buffer[:count]
+            count -= len(buffer)
+            yield buffer
+
+
+def _scratch(count: int) -> list[memoryview]:
+    return [memoryview(bytearray(count))] if count else []
+
+
+class _Run:
+    """Chunks that lie one after the other in a file, read in one call and then checked."""
+
+    def __init__(self, file: int, path: str) -> None:
+        self._file = file
+        self._path = path
+        self._start = self._end = 0
+        self._chunks: list[tuple[int, list[memoryview], bytearray]] = []
+
+    def is_followed_by(self, chunk: _Chunk) -> bool:
+        """Return whether *chunk* is where this ends, and there is room for it."""
+        return chunk.offset == self._end and len(self._chunks) < _MOST_CHUNKS
+
+    def add(self, number: int, chunk: _Chunk, parts: list[memoryview]) -> None:
+        """Read *chunk* into *parts*, too."""
+        if not self._chunks:
+            self._start = self._end = chunk.offset
+        tail = bytearray(CRC_BYTES + chunk.gap)
+        self._chunks.append((number, parts, tail))
+        self._end += sum(map(len, parts)) + len(tail)
+
+    def read(self) -> None:
+        """Read all that was added and begin anew."""
+        buffers = [b for _, parts, tail in self._chunks for b in (*parts, memoryview(tail))]
+        self._fill(buffers)
+        for number, parts, tail in self._chunks:
+            crc = 0
+            for part in parts:
+                crc = crc32c(part, crc)
+            if crc != int.from_bytes(tail[:CRC_BYTES], "little"):
+                raise self.damaged(f"crc32c of chunk {number} does not match")
+            if tail[CRC_BYTES:] != _ZEROS[: len(tail) - CRC_BYTES]:
+                raise self.damaged(f"bytes after chunk {number} are not zero")
+        self._chunks = []
+
+    def _fill(self, left: list[memoryview]) -> None:
+        at, first = self._start, 0
+        while first < len(left):
+            done = os.preadv(self._file, left[first : first + MOST_BUFFERS], at)
+            if not done:
+                raise self.damaged(f"the file ends at byte {at}")
+            at += done
+            while first < len(left) and done >= len(left[first]):
+                done -= len(left[first])
+                first += 1
+            if done:
+                left[first] = left[first][done:]
+
+    def damaged(self, what: str, status: str = "DATA_LOSS") -> DamagedChunkError:
+        """Return the error for *what* is wrong with the file."""
+        return DamagedChunkError(f'{status}: {what}: "{self._path}"')
+
+
+def _read_index(file: int, path: str, grid: Grid) -> list[_Chunk | None]:
+    """Return where the chunks of a file are, None for those that it lacks."""
+    length, size = index_bytes(grid), os.fstat(file).st_size
+    raw = os.pread(file, length, max(0, size - length))
+    crc = int.from_bytes(raw[-CRC_BYTES:], "little")
+    if len(raw) != length or crc32c(raw[:-CRC_BYTES]) != crc:
+        raise DamagedChunkError(f'DATA_LOSS: the index is damaged or cut short: "{path}"')
+    entries = np.frombuffer(raw[:-CRC_BYTES], "<u8").reshape(-1, 2).tolist()
+    present = sorted((offset, n) for n, (offset, _) in enumerate(entries) if offset != ABSENT)
+    chunks: list[_Chunk | None] = [None] * len(entries)
+    if present and present[0][0]:
+        raise DamagedChunkError(f'DATA_LOSS: the file does not begin with a chunk: "{path}"')
+    for (offset, number), (following, _) in pairwise([*present, (size - length, -1)]):
+        gap = following - offset - grid.inner - CRC_BYTES
+        if entries[number][1] != grid.inner + CRC_BYTES or not 0 <= gap <= _LARGEST_GAP:
+            raise DamagedChunkError(f'DATA_LOSS: the index makes no sense: "{path}"')
+        chunks[number] = _Chunk(offset, gap)
+    return chunks
