@@ -9,6 +9,7 @@ import pytest
 import torch
 from mb_ckpt import CheckpointStore
 from mb_ckpt.cli import main
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
@@ -116,3 +117,70 @@ def test_diff_names_what_two_steps_do_not_share(tmp_path, capsys):
     assert found["differs"]
     assert main(["diff", *places, "--step", "3"]) == 2
     assert "no step 3" in capsys.readouterr().err
+
+
+def test_export_and_import_go_by_way_of_safetensors(run, tmp_path, capsys):
+    out, there = str(tmp_path / "out"), str(tmp_path / "there")
+    names = ["--prefix", "model.", "--strip-prefix", "model.", "--rename", "w=a.weight"]
+    assert main(["export", str(run), out, "--to", "safetensors", "--step", "10", *names]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}: step 10, 1 tensors, 2.4 KB\n"
+    assert not captured.err  # no bar without a terminal
+    assert load_file(f"{out}/model.safetensors")["a.weight"].shape == (20, 30)
+    command = ["import", out, there, "--layout", "zarr", "--compression", "zstd"]
+    assert main([*command, "--rename", "a.=b.", "--rename", "b=c", "--add-prefix", "net."]) == 2
+    assert "rename 'b' begins none of 1 keys: a.weight" in capsys.readouterr().err
+    assert main([*command, "--rename", "a.=b.", "--add-prefix", "net."]) == 0
+    path = f"{there}/step_00000010"
+    assert capsys.readouterr().out == f"{path}: 1 tensors, 2.4 KB, from safetensors\n"
+    with CheckpointStore(there) as store:
+        info = store.inspect()
+        assert (info.layout, info.compression, list(info.tensors)) == ("zarr", 3, ["net.b.weight"])
+    assert main([*command, "--replace", "--json", "--from", "safetensors"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "step": 10, "path": path, "format": "safetensors", "tensors": 1, "nbytes": 2400,
+        "left_out": [],
+    }  # fmt: skip
+
+
+def test_export_prints_json_and_both_end_with_2_and_one_line(run, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    export = ["export", str(run), out, "--to", "safetensors"]
+    assert main([*export, "--max-shard-size", "2400", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "step": 20, "path": out, "format": "safetensors", "tensors": 2, "nbytes": 2408,
+    }  # fmt: skip
+    assert main(["import", out, str(tmp_path / "there"), "--step", "7", "--prefix", "s"]) == 0
+    capsys.readouterr()
+    for command, text in [
+        (export, f"mb-ckpt: {out} is there and no empty folder"),
+        ([*export, "--rename", "x"], "mb-ckpt: --rename x: expected OLD=NEW"),
+        (["import", out, str(tmp_path / "there"), "--step", "7"], "mb-ckpt: step 7 is in "),
+        (["import", out, str(tmp_path / "there"), "--step", "-7"], "mb-ckpt: step=-7: expected"),
+        (["import", str(run / "nothing"), out], "mb-ckpt: "),
+    ]:
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(text)
+        assert error.count("\n") == 1
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert main(["import", str(tmp_path), str(tmp_path / "run")]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "left out other.safetensors: not one of the files of model.safetensors"
+    assert second.endswith("step_00000000: 1 tensors, 8 B, from safetensors")
+
+
+def test_a_terminal_sees_how_far_it_is(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["export", str(run), str(tmp_path / "out"), "--to", "safetensors"]) == 0
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "there")]) == 0
+    assert main(["diff", str(run), str(tmp_path / "there")]) == 0
+    error = capsys.readouterr().err
+    for label in ("exporting", "importing", "comparing"):
+        assert f"{label} 100% [" in error
+    assert "] 2.4 KB of 2.4 KB, " in error
+    assert error.endswith("\r\x1b[K")

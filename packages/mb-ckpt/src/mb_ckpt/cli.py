@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``mb-ckpt``: look at checkpoints and check them, without a model."""
+"""The command ``mb-ckpt``: look at checkpoints, check and convert them, without a model."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from attrs import asdict
@@ -13,11 +14,15 @@ from mb_config.errors import UserError
 
 from mb_ckpt.__about__ import __version__
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.interop.exporting import export_checkpoint
+from mb_ckpt.interop.importing import import_checkpoint
 from mb_ckpt.places.retention import Best
+from mb_ckpt.progress_bar import ProgressBar, size
 from mb_ckpt.store import CheckpointStore
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from mb_ckpt.inspection import StepInfo
 
@@ -26,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, 1 if ``diff`` found any, or 2 after one line on standard error."""
     options = _parser().parse_args(arguments)
     try:
-        with CheckpointStore(options.place, **_rules(options)) as store:
+        with CheckpointStore(options.place, **_settings(options)) as store:
             return int(options.run(store, options) or 0)
     except UserError as e:
         sys.stderr.write(f"mb-ckpt: {e}\n")
@@ -38,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mb-ckpt", description="Look at checkpoints and check them."
+        prog="mb-ckpt", description="Look at checkpoints, check and convert them."
     )
     parser.add_argument("--version", action="version", version=f"mb-ckpt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -69,7 +74,62 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prefix", default="", help="only keys that begin with this")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_diff)
+    _add_import(commands)
+    _add_export(commands)
     return parser
+
+
+def _add_import(commands: Any) -> None:
+    text = "store a checkpoint of another format as a step"
+    command = commands.add_parser("import", help=text, description=text)
+    command.add_argument("source", metavar="SOURCE", help="a file or folder")
+    command.add_argument("place", metavar="DEST", help="directory of the run, or a URL")
+    command.add_argument(
+        "--from",
+        dest="format",
+        default="auto",
+        choices=("auto", "safetensors", "dcp", "torch_dist"),
+        help="what SOURCE is; found out if left out",
+    )
+    command.add_argument("--step", type=int, help="number to store it under; the source's own")
+    command.add_argument("--source-step", type=int, help="which of several; the newest")
+    _add_names(command)
+    command.add_argument("--add-prefix", default="", metavar="P", help="put before every key")
+    command.add_argument("--layout", choices=("packed", "zarr"), default="packed")
+    command.add_argument("--compression", choices=("zstd",), help="none if left out")
+    command.add_argument("--replace", action="store_true", help="a step that is there already")
+    command.add_argument(
+        "--allow-pickle", action="store_true", help="run what a trusted SOURCE has pickled"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_import)
+
+
+def _add_export(commands: Any) -> None:
+    text = "write a step as a folder of another format"
+    command = commands.add_parser("export", help=text, description=text)
+    command.add_argument("place", metavar="DIR", help="directory of the run, or a URL")
+    command.add_argument("destination", metavar="DEST", help="a folder, not there or empty")
+    command.add_argument("--to", required=True, choices=("safetensors", "dcp", "torch_dist"))
+    command.add_argument("--step", type=int, help="which step; the newest if left out")
+    _add_names(command)
+    command.add_argument(
+        "--strip-prefix", default="", metavar="P", help="taken off the beginning of keys"
+    )
+    command.add_argument("--max-shard-size", metavar="SIZE", help="of a file of safetensors; 5GB")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_export)
+
+
+def _add_names(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--prefix", default="", help="only keys that begin with this")
+    command.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="beginnings of keys, and what to put there; may be given several times",
+    )
 
 
 def _add_rules(command: argparse.ArgumentParser) -> None:
@@ -82,8 +142,10 @@ def _add_rules(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="only say what would go")
 
 
-def _rules(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the retention settings of the command; none for those that delete nothing."""
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the store: retention to prune, files to import, else none."""
+    if options.run is _import:
+        return {"layout": options.layout, "compression": options.compression}
     if options.run is not _prune:
         return {}
     for name in ("keep_last", "keep_every"):
@@ -116,7 +178,7 @@ def _list(store: CheckpointStore, options: argparse.Namespace) -> None:
     _print(f"{'step':>10}  {'size':>9}  {'tensors':>7}  {'ranks':>5}  committed")
     for info in infos:
         _print(
-            f"{info.step:>10}  {_size(info.nbytes):>9}  {len(info.tensors):>7}  "
+            f"{info.step:>10}  {size(info.nbytes):>9}  {len(info.tensors):>7}  "
             f"{info.world_size:>5}  {info.created}"
         )
 
@@ -136,8 +198,8 @@ def _inspect(store: CheckpointStore, options: argparse.Namespace) -> None:
     for key, tensor in sorted(chosen.items()):
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         pieces = f"  in {tensor.pieces} pieces" if tensor.pieces > 1 else ""
-        _print(f"  {key:<{width}}  {tensor.dtype:<8}  {shape:<14}  {_size(tensor.nbytes)}{pieces}")
-    _print(f"{len(chosen)} tensors, {_size(sum(t.nbytes for t in chosen.values()))}")
+        _print(f"  {key:<{width}}  {tensor.dtype:<8}  {shape:<14}  {size(tensor.nbytes)}{pieces}")
+    _print(f"{len(chosen)} tensors, {size(sum(t.nbytes for t in chosen.values()))}")
     if not options.prefix:
         _print(f"plain data: {info.plain}")
 
@@ -152,18 +214,18 @@ def _verify(store: CheckpointStore, options: argparse.Namespace) -> None:
         return
     for result in results:
         _print(
-            f"step {result.step}: {result.tensors} tensors, {_size(result.nbytes)}, all as written"
+            f"step {result.step}: {result.tensors} tensors, {size(result.nbytes)}, all as written"
         )
 
 
 def _diff(store: CheckpointStore, options: argparse.Namespace) -> int:
-    with CheckpointStore(options.other) as other:
+    with CheckpointStore(options.other) as other, _progress("comparing", options) as progress:
         found = store.compare(
             other,
             step=options.step,
             other_step=options.other_step,
             prefix=options.prefix,
-            progress=_progress if sys.stderr.isatty() and not options.json else _silent,
+            progress=progress,
         )
     if options.json:
         _print(json.dumps({**asdict(found), "differs": found.differs}, indent=1))
@@ -181,13 +243,64 @@ def _diff(store: CheckpointStore, options: argparse.Namespace) -> int:
     return int(found.differs)
 
 
-def _progress(done: int, total: int) -> None:
-    end = "\n" if done >= total else ""
-    sys.stderr.write(f"\r{_size(done)} of {_size(total)}{end}")
+def _import(store: CheckpointStore, options: argparse.Namespace) -> None:
+    with _progress("importing", options) as progress:
+        done = import_checkpoint(
+            options.source,
+            store,
+            format=options.format,
+            step=options.step,
+            source_step=options.source_step,
+            rename=_renames(options),
+            prefix=options.prefix,
+            add_prefix=options.add_prefix,
+            allow_pickle=options.allow_pickle,
+            replace=options.replace,
+            progress=progress,
+        )
+    if options.json:
+        _print(json.dumps(asdict(done), indent=1))
+        return
+    for line in done.left_out:
+        _print(f"left out {line}")
+    _print(f"{done.path}: {done.tensors} tensors, {size(done.nbytes)}, from {done.format}")
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def _export(store: CheckpointStore, options: argparse.Namespace) -> None:
+    with _progress("exporting", options) as progress:
+        done = export_checkpoint(
+            store,
+            options.destination,
+            to=options.to,
+            step=options.step,
+            prefix=options.prefix,
+            strip_prefix=options.strip_prefix,
+            rename=_renames(options),
+            max_shard_size=options.max_shard_size,
+            progress=progress,
+        )
+    if options.json:
+        _print(json.dumps(asdict(done), indent=1))
+        return
+    _print(f"{done.path}: step {done.step}, {done.tensors} tensors, {size(done.nbytes)}")
+
+
+def _renames(options: argparse.Namespace) -> dict[str, str]:
+    found = {}
+    for text in options.rename:
+        old, equals, new = text.partition("=")
+        if not (old and equals):
+            raise CheckpointError(f"--rename {text}: expected OLD=NEW, beginnings of keys")
+        found[old] = new
+    return found
+
+
+def _progress(
+    label: str, options: argparse.Namespace
+) -> AbstractContextManager[Callable[[int, int], None]]:
+    if options.json:
+        return nullcontext(lambda *_: None)
+    return ProgressBar(label)
 
 
 def _summary(info: StepInfo) -> dict[str, Any]:
@@ -200,14 +313,6 @@ def _summary(info: StepInfo) -> dict[str, Any]:
         "created": info.created,
         "versions": info.versions,
     }
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
 
 
 def _print(line: str) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
+    from mb_ckpt.format.manifest import Manifest
     from mb_ckpt.interfaces import Store
     from mb_ckpt.saving.recipes import Layout
 
@@ -227,12 +228,12 @@ class CheckpointStore:
         Raises:
             CorruptCheckpointError: If something is damaged or missing; names tensors and files.
         """
-        place, manifest = self._find(step)
+        place, manifest = self.find(step)
         return verify(place, manifest)
 
     def inspect(self, step: int | None = None) -> StepInfo:
         """Return what *step* (None: the newest) holds, from its manifest alone."""
-        return describe(*self._find(step))
+        return describe(*self.find(step))
 
     def compare(
         self,
@@ -256,7 +257,7 @@ class CheckpointStore:
             CheckpointError: If there is no such step.
             CorruptCheckpointError: If stored bytes are damaged.
         """
-        first, second = self._find(step), other._find(other_step)
+        first, second = self.find(step), other.find(other_step)
         return compare(first, second, prefix=prefix, progress=progress)
 
     def prune(self, *, dry_run: bool = False) -> list[int]:
@@ -311,7 +312,12 @@ class CheckpointStore:
     ) -> None:
         self.close()
 
-    def _find(self, step: int | None) -> tuple[Store, Any]:
+    def find(self, step: int | None = None) -> tuple[Store, Manifest]:
+        """Return the first place that has *step* (None: the newest), and its manifest there.
+
+        Raises:
+            CheckpointError: If there is no such step.
+        """
         found = tiers.newest(self._places) if step is None else tiers.of_step(self._places, step)
         index, manifest = found[0]
         return self._places[index], manifest
