@@ -179,8 +179,22 @@ def test_a_terminal_sees_how_far_it_is(run, tmp_path, capsys, monkeypatch):
     assert main(["export", str(run), str(tmp_path / "out"), "--to", "safetensors"]) == 0
     assert main(["import", str(tmp_path / "out"), str(tmp_path / "there")]) == 0
     assert main(["diff", str(run), str(tmp_path / "there")]) == 0
+    assert main(["verify", str(run)]) == 0
     error = capsys.readouterr().err
-    for label in ("exporting", "importing", "comparing"):
+    for label in ("exporting", "importing", "comparing", "verifying"):
         assert f"{label} 100% [" in error
     assert "] 2.4 KB of 2.4 KB, " in error
     assert error.endswith("\r\x1b[K")
+
+
+@pytest.mark.parametrize("layout", ["packed", "zarr"])
+def test_verifying_counts_up_to_all_bytes(tmp_path, layout):
+    seen = []
+    with CheckpointStore(tmp_path, layout=layout) as store:
+        store.save(1, {"w": torch.zeros(15 << 20, dtype=torch.uint8), "v": torch.ones(1 << 20)})
+        store.wait()
+        nbytes = store.verify(progress=lambda *at: seen.append(at)).nbytes
+    assert len(seen) > 1
+    assert seen == sorted(seen)
+    assert seen[-1] == (nbytes, nbytes)
+    assert nbytes >= 19 << 20

@@ -208,7 +208,10 @@ def _verify(store: CheckpointStore, options: argparse.Namespace) -> None:
     steps: list[int | None] = [options.step]
     if options.all:
         steps = [*store.steps()] or [None]
-    results = [store.verify(step) for step in steps]
+    results = []
+    for step in steps:
+        with _progress("verifying", options) as progress:
+            results.append(store.verify(step, progress=progress))
     if options.json:
         _print(json.dumps([asdict(result) for result in results], indent=1))
         return

@@ -21,6 +21,8 @@ from mb_ckpt.places.catalogue import step_name
 from mb_ckpt.states import plain_tree
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mb_ckpt.format.manifest import Manifest
     from mb_ckpt.interfaces import Store
 
@@ -116,18 +118,34 @@ def describe(store: Store, manifest: Manifest) -> StepInfo:
     )
 
 
-def verify(store: Store, manifest: Manifest) -> Verified:
+def verify(
+    store: Store, manifest: Manifest, progress: Callable[[int, int], None] = lambda *_: None
+) -> Verified:
     """Read every byte of the step.
+
+    Args:
+        store: Where it is.
+        manifest: Of the step.
+        progress: Called with the bytes read so far, and all that will be.
 
     Raises:
         CorruptCheckpointError: If something is damaged or missing; names tensors and files.
     """
     faults: list[str] = []
     nbytes = sum(file.grid.nbytes for file in manifest.files)
-    for index in range(len(manifest.files)):
-        _verify_file(store, manifest, index, faults)
     if manifest.layout == "zarr":
-        nbytes = verify_arrays(store, manifest, faults)
+        nbytes = describe(store, manifest).nbytes
+    done = 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, nbytes)
+
+    for index in range(len(manifest.files)):
+        _verify_file(store, manifest, index, faults, read)
+    if manifest.layout == "zarr":
+        nbytes = verify_arrays(store, manifest, faults, read)
     if faults:
         more = f" (and {len(faults) - 1} more damaged places)" if len(faults) > 1 else ""
         raise CorruptCheckpointError(f"{faults[0]}{more}")
@@ -138,7 +156,9 @@ def verify(store: Store, manifest: Manifest) -> Verified:
     )
 
 
-def _verify_file(store: Store, manifest: Manifest, index: int, faults: list[str]) -> None:
+def _verify_file(
+    store: Store, manifest: Manifest, index: int, faults: list[str], read: Callable[[int], None]
+) -> None:
     file = manifest.files[index]
     path = data_path(manifest, index)
     metadata = get(store.kvstore, f"{path}/zarr.json")
@@ -151,6 +171,7 @@ def _verify_file(store: Store, manifest: Manifest, index: int, faults: list[str]
     buffer = np.empty(step, dtype=np.uint8)
     for start in range(0, nbytes, step):
         stop = min(start + step, nbytes)
+        read(stop - start)
         if _fault(array, start, buffer[: stop - start]) is None:
             continue
         for low in range(start, stop, inner):

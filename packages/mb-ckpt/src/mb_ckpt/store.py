@@ -222,14 +222,19 @@ class CheckpointStore:
         """Return the committed steps with a readable manifest, in any of the places, ascending."""
         return tiers.steps(self._places)
 
-    def verify(self, step: int | None = None) -> Verified:
+    def verify(
+        self, step: int | None = None, *, progress: Callable[[int, int], None] = lambda *_: None
+    ) -> Verified:
         """Read every byte of *step* (None: the newest) against its checksum.
+
+        Args:
+            step: Which one.
+            progress: Called with the bytes read so far, and all that will be.
 
         Raises:
             CorruptCheckpointError: If something is damaged or missing; names tensors and files.
         """
-        place, manifest = self.find(step)
-        return verify(place, manifest)
+        return verify(*self.find(step), progress)
 
     def inspect(self, step: int | None = None) -> StepInfo:
         """Return what *step* (None: the newest) holds, from its manifest alone."""

@@ -95,8 +95,17 @@ def fill_arrays(store: Store, manifest: Manifest, pieces: list[Piece]) -> None:
         raise reads.faults[0]
 
 
-def verify_arrays(store: Store, manifest: Manifest, faults: list[str]) -> int:
-    """Read every byte of the step; return how many, and put what is damaged into *faults*."""
+def verify_arrays(
+    store: Store, manifest: Manifest, faults: list[str], read: Callable[[int], None]
+) -> int:
+    """Read every byte of the step; return how many, and put what is damaged into *faults*.
+
+    Args:
+        store: Where it is.
+        manifest: Of the step.
+        faults: Gets a line each.
+        read: Called with the bytes of every chunk.
+    """
     reads, total = _Reads(store, manifest), 0
     for key, entry in manifest.tensors.items():
         metadata, path = _metadata(manifest, entry), _path(manifest, key)
@@ -114,6 +123,7 @@ def verify_arrays(store: Store, manifest: Manifest, faults: list[str]) -> int:
             )
             out = np.empty([s.stop - s.start for s in where], dtype)
             total += out.nbytes
+            read(out.nbytes)
             reads.start(key, array, where, out, _nothing)
     reads.finish()
     faults += [str(fault) for fault in reads.faults]
