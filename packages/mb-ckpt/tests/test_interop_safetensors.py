@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from mb_ckpt import (
 from mb_ckpt.interop import safetensors_writer as writer
 from mb_ckpt.interop import stored_rows
 from mb_config.records import TensorShard
+from moto.server import ThreadedMotoServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -256,6 +258,25 @@ def test_shards_in_columns_are_put_together_by_rows(tmp_path, monkeypatch, layou
     assert all_same(load_file(tmp_path / "out" / "model.safetensors"), {"w": whole})
 
 
+def test_steps_in_an_object_store_go_out_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        url = "http://{}:{}".format(*server.get_host_and_port())
+        boto3.client("s3", endpoint_url=url, region_name="us-east-1").create_bucket(Bucket="bucket")
+        tensors = every_dtype()
+        with CheckpointStore(f"s3://bucket/run?endpoint={url}") as store:
+            store.save(4, tensors).result()
+            export_checkpoint(store, tmp_path / "out", to="safetensors")
+            assert all_same(load_file(tmp_path / "out" / "model.safetensors"), tensors)
+            import_checkpoint(tmp_path / "out", store, step=5)
+            assert not store.compare(store, step=4, other_step=5).differs
+    finally:
+        server.stop()
+
+
 # Names
 
 
@@ -386,6 +407,17 @@ def test_what_safetensors_cannot_hold_is_refused_by_name(tmp_path):
             export_checkpoint(store, tmp_path / "other", to="dcp", max_shard_size=10)
         with pytest.raises(CheckpointError, match="to='zip': expected 'safetensors', 'dcp', 'tor"):
             export_checkpoint(store, tmp_path / "other", to="zip")
+
+
+def test_a_header_that_readers_refuse_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_HEADER_BYTES", 120)
+    with CheckpointStore(tmp_path / "run") as store:
+        store.save(1, {"a": torch.ones(2), "b": torch.ones(2)}).result()
+        with pytest.raises(
+            CheckpointError, match=r"would have 1.. bytes, .* smaller max_shard_size"
+        ):
+            export(store, tmp_path / "out")
+        export(store, tmp_path / "out", max_shard_size=8)
 
 
 def test_sizes_are_decimal_unless_they_say_otherwise():

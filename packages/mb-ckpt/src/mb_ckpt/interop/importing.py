@@ -153,10 +153,9 @@ def _kind(path: Path) -> Any:
     """Return the format of *path*, or None."""
     if path.is_file():
         return "safetensors" if path.suffix == ".safetensors" else None
-    if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        return "safetensors"
     if not (path / ".metadata").is_file():
-        return None
+        files = any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
+        return "safetensors" if files else None
     try:
         about = json.loads((path / "metadata.json").read_bytes())
     except FileNotFoundError:

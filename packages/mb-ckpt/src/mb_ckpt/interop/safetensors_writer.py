@@ -22,13 +22,16 @@ from mb_ckpt.states import plain_tree
 from mb_ckpt.states.storable import TensorToRead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
     from mb_ckpt.interop.foreign import Outgoing
 
 BLOCK_BYTES = 16 << 20
 """Most bytes that are asked for at a time, unless one row is more."""
+_HEADER_BYTES = 100_000_000
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -153,21 +156,31 @@ def _write_file(
         }
     header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
+    if len(header) > _HEADER_BYTES:
+        raise CheckpointError(
+            f"the header of {path.name} would have {len(header)} bytes, and readers of safetensors "
+            f"take {_HEADER_BYTES}: give a smaller max_shard_size"
+        )
     with path.open("xb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            if not tensor.nbytes:
-                continue
-            count = tensor.shape[0] if tensor.shape else 1
-            rows = max(1, BLOCK_BYTES // (prod(tensor.shape[1:]) * tensor.dtype.itemsize))
-            for start in range(0, count, rows):
-                values = tensor.read_rows(start, min(start + rows, count)).contiguous()
-                file.write(values.reshape(-1).view(torch.uint8).numpy().data)
-                done += values.nbytes
-                progress(done)
+        for values in _blocks(tensors.values()):
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+            done += values.nbytes
+            progress(done)
         file.flush()
         os.fsync(file.fileno())
     return done
+
+
+def _blocks(tensors: Iterable[TensorToRead]) -> Iterator[Tensor]:
+    """Yield the values of all *tensors* in blocks of rows."""
+    for tensor in tensors:
+        if not tensor.nbytes:
+            continue
+        count = tensor.shape[0] if tensor.shape else 1
+        rows = max(1, BLOCK_BYTES // (prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+        for start in range(0, count, rows):
+            yield tensor.read_rows(start, min(start + rows, count)).contiguous()
 
 
 def _write_json(path: Path, data: Any, *, indent: int | None = None) -> None:
