@@ -20,6 +20,7 @@ from mb_ckpt import (
     export_checkpoint,
     import_checkpoint,
 )
+from mb_ckpt.format import zarr_arrays
 from mb_ckpt.interop import safetensors_writer as writer
 from mb_ckpt.interop import stored_rows
 from mb_config.records import TensorShard
@@ -241,21 +242,43 @@ def test_what_two_ranks_wrote_is_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["packed", "zarr"])
-def test_shards_in_columns_are_put_together_by_rows(tmp_path, monkeypatch, layout):
-    monkeypatch.setattr(writer, "BLOCK_BYTES", 64)
+@pytest.mark.parametrize("block", [24, 64, 130, 1000])
+def test_shards_in_columns_are_put_together_by_rows(tmp_path, monkeypatch, layout, block):
+    monkeypatch.setattr(writer, "BLOCK_BYTES", block)
     monkeypatch.setattr(stored_rows, "_SMALL", 0)
-    whole = random_bits((9, 6), "float32")
+    monkeypatch.setattr(zarr_arrays, "CHUNK_BYTES", 70)
+    read = []
+    for name in ("fill", "fill_arrays"):
+        monkeypatch.setattr(stored_rows, name, counted(getattr(stored_rows, name), read))
+    whole = random_bits((19, 6), "float32")
     pieces = [
         TensorShard(
-            key="w", data=whole[:, low:high].contiguous(), global_shape=(9, 6), offset=(0, low),
-            local_shape=(9, high - low), dtype="float32",
+            key="w", data=whole[:, low:high].contiguous(), global_shape=(19, 6), offset=(0, low),
+            local_shape=(19, high - low), dtype="float32",
         )
         for low, high in ((0, 2), (2, 6))
     ]  # fmt: skip
     with CheckpointStore(tmp_path / "run", layout=layout) as store:
         store.save(1, {"model": pieces, "n": 1}).result()
+        rows = (store.find()[1].tensors["w"].chunk_shape or [1])[0]
+        assert rows == (1 if layout == "packed" else 2)
         export_checkpoint(store, tmp_path / "out", to="safetensors")
     assert all_same(load_file(tmp_path / "out" / "model.safetensors"), {"w": whole})
+    assert [start for start, _ in read] == [0, *(stop for _, stop in read[:-1])]  # each row once
+    assert all(start % rows == 0 for start, _ in read)  # and each chunk
+    assert read[-1][1] == 19
+
+
+def counted(fill, read):
+    """Return *fill*, which notes the rows of what it is to fill."""
+
+    def filling(store, manifest, pieces):
+        for piece in pieces:
+            (box,) = piece.spec.boxes
+            read.append((box.offset[0], box.offset[0] + box.shape[0]))
+        fill(store, manifest, pieces)
+
+    return filling
 
 
 def test_steps_in_an_object_store_go_out_and_come_back(tmp_path, monkeypatch):
