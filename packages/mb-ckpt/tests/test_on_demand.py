@@ -210,7 +210,7 @@ def test_data_that_is_here_or_has_no_rows_is_refused(tmp_path):
 
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
 from mb_ckpt import CheckpointStore
 from mb_config.records import TensorShard
 
@@ -223,8 +223,9 @@ def shards(count, rows):
         for i in range(count)
     ]
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # ru_maxrss would count what the parent process has held
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
 with CheckpointStore(sys.argv[1]) as store:
     store.save(0, {"model": shards(1, 1)}).result()
@@ -234,11 +235,12 @@ with CheckpointStore(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_state(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < 160, done.stdout  # MiB; 72 to 100 were measured
+    assert float(done.stdout) < 160, done.stdout  # MiB; 72 to 127 were measured
 
 
 def test_a_failure_half_way_leaves_no_file(tmp_path, monkeypatch):
