@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mb_ckpt import CheckpointError
-from mb_ckpt.interop.renaming import Renaming, move, tensors_in
+from mb_ckpt.interop.renaming import Renaming, move, tensors_in, without_tensors
 from mb_ckpt.states.storable import TensorToRead
 
 T = TensorToRead(dtype=torch.float32, shape=(1,), read_rows=lambda *_: torch.zeros(1))
@@ -58,6 +58,20 @@ def test_what_is_added_counts_for_tensors_and_their_company():
     assert found == {
         "rng": {"seed": 3}, "epoch": 7, "old.flat.key": T,
         "old.model": STATE["model"], "old.optimizer": STATE["optimizer"],
+    }  # fmt: skip
+
+
+def test_what_is_stripped_leaves_its_entries_at_the_top():
+    assert moved(strip="model.")["layers"] == STATE["model"]["layers"]
+    assert moved(strip="model.", prefix="model.", rename={"layers.": "l."}) == {
+        "norm": T, "l": STATE["model"]["layers"],
+    }  # fmt: skip
+
+
+def test_plain_data_are_what_is_left_without_tensors():
+    assert without_tensors(STATE | {"pair": (T, 1), "both": [T, T]}) == {
+        "model": {"layers": [{}, {}]}, "rng": {"seed": 3}, "epoch": 7, "pair": (None, 1),
+        "optimizer": {"state": {0: {}, 1: {}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]},
     }  # fmt: skip
 
 
@@ -111,16 +125,17 @@ RENAMES = st.dictionaries(BEGINS, BEGINS, max_size=2)
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(NAMES, NESTED, max_size=4), RENAMES, BEGINS, BEGINS)
-def test_every_tensor_is_where_its_new_name_says(state, rename, prefix, add):
+@given(st.dictionaries(NAMES, NESTED, max_size=4), RENAMES, BEGINS, BEGINS, BEGINS)
+def test_every_tensor_is_where_its_new_name_says(state, rename, prefix, strip, add):
     expected = {}
     before = {key: t for key, t in tensors_in(state).items() if key.startswith(prefix)}
-    for key, tensor in before.items():
+    for whole, tensor in before.items():
+        key = whole.removeprefix(strip)
         begin = max((old for old in rename if key.startswith(old)), key=len, default=None)
         expected[add + (key if begin is None else rename[begin] + key[len(begin) :])] = tensor
     assume(len(expected) == len(before) and "" not in expected)
     try:
-        found = move(state, Renaming(rename=rename, prefix=prefix, add=add))
+        found = move(state, Renaming(rename=rename, prefix=prefix, strip=strip, add=add))
     except CheckpointError:
         return  # plain data are in the way
     else:

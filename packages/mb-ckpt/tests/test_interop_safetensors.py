@@ -306,11 +306,16 @@ def test_steps_in_an_object_store_go_out_and_come_back(tmp_path, monkeypatch):
 def test_names_are_chosen_and_changed_on_the_way_out_and_in(tmp_path):
     tensors = {"a.w": torch.ones(2), "a.b": torch.zeros(2), "c": torch.ones(1)}
     with CheckpointStore(tmp_path / "run") as store:
-        store.save(1, {"model": tensors, "opt": {"m": torch.ones(3)}}).result()
+        opt = {"m": torch.ones(3), "lr": 0.1}
+        store.save(1, {"model": tensors | {"n": 2}, "opt": opt, "epoch": 3}).result()
         export_checkpoint(
             store, tmp_path / "out", to="safetensors", prefix="model.", strip_prefix="model.",
             rename={"a.": "layers.0."},
         )  # fmt: skip
+        plain = json.loads((tmp_path / "out" / "mb_ckpt_plain.json").read_bytes())
+        assert plain["tree"] == {
+            "n": 2, **{key: {"$tensor": key} for key in ("c", "layers.0.w", "layers.0.b")},
+        }  # fmt: skip
         found = load_file(tmp_path / "out" / "model.safetensors")
         assert all_same(
             found, {"layers.0.w": torch.ones(2), "layers.0.b": torch.zeros(2), "c": torch.ones(1)}
@@ -321,6 +326,20 @@ def test_names_are_chosen_and_changed_on_the_way_out_and_in(tmp_path):
         assert all_same(stored(store, 2), {f"model.{key}": t for key, t in tensors.items()})
         import_checkpoint(tmp_path / "out", store, step=3, prefix="layers.0.w")
         assert list(store.inspect(3).tensors) == ["layers.0.w"]
+
+
+def test_what_is_renamed_keeps_its_place_in_the_state(tmp_path):
+    with CheckpointStore(tmp_path / "run") as store:
+        store.save(1, STATE).result()
+        export_checkpoint(
+            store, tmp_path / "out", to="safetensors", prefix="optimizer.",
+            rename={"optimizer.": "opt."},
+        )  # fmt: skip
+        import_checkpoint(tmp_path / "out", store, step=2)
+        assert store.inspect(2).plain == {"opt": {"state": {0: {}}, "lr": 0.1}}
+        optimizer = _Holder()
+        store.load({"opt": optimizer}, 2)
+    assert optimizer.state["state"][0]["m"].tolist() == [1, 1, 1]
 
 
 def test_a_model_is_imported_under_a_prefix_and_loaded(tmp_path):

@@ -14,7 +14,7 @@ from attrs import frozen
 
 from mb_ckpt.errors import CheckpointError, storage_error
 from mb_ckpt.interop.foreign import Outgoing
-from mb_ckpt.interop.renaming import Renaming
+from mb_ckpt.interop.renaming import Renaming, move, without_tensors
 from mb_ckpt.interop.stored_rows import StoredRows
 from mb_ckpt.states import plain_tree
 
@@ -75,10 +75,10 @@ def export_checkpoint(
         destination: The folder, which must not be there, or empty.
         to: Which format.
         step: Which step; None for the newest.
-        prefix: Only tensors whose keys begin with this.
-        strip_prefix: Taken off the beginning of keys that have it.
+        prefix: Only what begins with this, plain data as well.
+        strip_prefix: Taken off the beginning of dotted keys that have it.
         rename: Beginnings of keys, after *strip_prefix*, and what to put there; the longest that
-            fits counts.
+            fits counts. Plain data go along.
         max_shard_size: Bytes of tensors in one file, such as ``"500MB"``; a larger tensor has a file
             of its own. Of safetensors alone; None for 5 GB.
         progress: Called with the bytes written so far, and all that will be.
@@ -93,8 +93,7 @@ def export_checkpoint(
     _check_free(target)
     place, manifest = store.find(step)
     renaming = Renaming(prefix=prefix, strip=strip_prefix, rename=dict(rename or {}))
-    names = renaming.new_names(manifest.tensors)
-    outgoing = _outgoing(place, manifest, names)
+    outgoing = _outgoing(place, manifest, renaming)
     folder = target.with_name(f".{target.name}.incomplete-{secrets.token_hex(4)}")
     try:
         folder.mkdir(parents=True)
@@ -110,7 +109,7 @@ def export_checkpoint(
         step=manifest.step,
         path=str(target),
         format=to,
-        tensors=len(names),
+        tensors=len(outgoing.tensors),
         nbytes=sum(tensor.nbytes for tensor in outgoing.tensors.values()),
     )
 
@@ -125,20 +124,21 @@ def _options(to: str, max_shard_size: int | str | None) -> dict[str, Any]:
     return {"max_shard_size": max_shard_size}
 
 
-def _outgoing(place: Store, manifest: Manifest, names: dict[str, str]) -> Outgoing:
+def _outgoing(place: Store, manifest: Manifest, renaming: Renaming) -> Outgoing:
+    names = renaming.new_names(manifest.tensors)
     rows = StoredRows(place, manifest, names)
-    tensors = {name: rows.tensor(key) for key, name in names.items()}
-    kept = {key: tensors[name] for key, name in names.items() if key == name}
+    tensors = {key: rows.tensor(key) for key in names}
+    state = move(plain_tree.decode(manifest.tree, _Kept(tensors)) or {}, renaming)
     return Outgoing(
         step=manifest.step,
-        tensors=tensors,
-        state=plain_tree.decode(manifest.tree, _Kept(kept)) or {},
-        plain=plain_tree.decode(manifest.tree) or {},
+        tensors={names[key]: tensor for key, tensor in tensors.items()},
+        state=state,
+        plain=without_tensors(state),
     )
 
 
 class _Kept(dict[str, "TensorToRead"]):
-    """Tensors by key; none stands for those that are not taken or have another name."""
+    """Tensors by key; nothing stands for those that are not taken."""
 
     def __missing__(self, key: str) -> Any:
         return plain_tree.ABSENT

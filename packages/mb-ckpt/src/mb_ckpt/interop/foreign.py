@@ -41,8 +41,8 @@ class Outgoing:
     Attributes:
         step: Optimizer steps done.
         tensors: By key.
-        state: Nested, as it was saved: tensors that were plain are here as well, under their path;
-            those that were shards are in ``tensors`` alone.
+        state: Nested, as it was saved but for what was renamed: tensors that were plain are here as
+            well, under their path; those that were shards are in ``tensors`` alone.
         plain: ``state`` without tensors.
     """
 

@@ -43,15 +43,14 @@ class Renaming:
             raise CheckpointError(f"prefix={self.prefix!r} begins none of {_some(keys)}")
         if self.strip and not any(key.startswith(self.strip) for key in taken):
             raise CheckpointError(f"strip_prefix={self.strip!r} begins none of {_some(taken)}")
-        short = {key: key.removeprefix(self.strip) for key in taken}
+        short = [key.removeprefix(self.strip) for key in taken]
         for old in self.rename:
-            if not any(key.startswith(old) for key in short.values()):
-                some = _some(list(short.values()))
-                raise CheckpointError(f"rename {old!r} begins none of {some}")
+            if not any(key.startswith(old) for key in short):
+                raise CheckpointError(f"rename {old!r} begins none of {_some(short)}")
         names: dict[str, str] = {}
         owners: dict[str, str] = {}
         for key in taken:
-            name = self.add + self.renamed(short[key])
+            name = self.add + self.renamed(key)
             if not name:
                 raise CheckpointError(f"tensor {key!r} would have no name left: rename it")
             if name in owners:
@@ -63,7 +62,8 @@ class Renaming:
         return names
 
     def renamed(self, key: str) -> str:
-        """Return *key* with its beginning replaced."""
+        """Return *key* with its beginning stripped and replaced."""
+        key = key.removeprefix(self.strip)
         for old in sorted(self.rename, key=len, reverse=True):
             if key.startswith(old):
                 return self.rename[old] + key[len(old) :]
@@ -71,7 +71,7 @@ class Renaming:
 
 
 def move(state: Mapping[str, Any], renaming: Renaming) -> dict[str, Any]:
-    """Return *state* with its entries where *renaming*, which strips nothing, wants them.
+    """Return *state* with its entries where *renaming* wants them.
 
     What is not renamed stays where it is. A mapping or sequence whose entries all go one way goes
     as a whole, plain data in it as well, to the top of the state under its dotted path. Plain data
@@ -96,6 +96,25 @@ def tensors_in(value: Any, path: str = "") -> dict[str, TensorToRead]:
     found: dict[str, TensorToRead] = {}
     _collect(value, path, found)
     return found
+
+
+def without_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain data of a nested state, as `plain_tree.decode` leaves tensors out."""
+    found = ((key, _plain(item)) for key, item in state.items())
+    return {key: item for key, item in found if item is not ABSENT}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, TensorToRead):
+        return ABSENT
+    if isinstance(value, Mapping):
+        return without_tensors(value)
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [_plain(item) for item in value]
+    if items and all(item is ABSENT for item in items):
+        return ABSENT
+    return type(value)([None if item is ABSENT else item for item in items])
 
 
 def _collect(value: Any, path: str, found: dict[str, TensorToRead]) -> None:
@@ -143,7 +162,8 @@ class _Mover:
 
     def _parts(self, below: str) -> bool:
         """Return whether what begins with *below* goes several ways."""
-        begins = (self._renaming.prefix, *self._renaming.rename)
+        strip, rename = self._renaming.strip, self._renaming.rename
+        begins = (self._renaming.prefix, strip, *rename, *(strip + old for old in rename))
         if any(begin.startswith(below) and begin != below for begin in begins):
             return True
         name = self._renaming.renamed(below)
