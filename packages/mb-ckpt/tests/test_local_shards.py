@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from mb_ckpt.format import local_writer
+from mb_ckpt.format import local_reader, local_writer
 from mb_ckpt.format.local_reader import DamagedChunkError, LocalArray
 from mb_ckpt.format.local_writer import PAGE, write_shards
 from mb_ckpt.format.packed import Grid, RemoteArray, array_metadata, open_array, write_array
@@ -70,18 +70,34 @@ def test_what_tensorstore_wrote_is_read(tmp_path):
         assert (out == data).all(), nbytes
 
 
+def forget(folder):
+    """Drop the files below *folder* from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+@pytest.mark.parametrize("past_cache", [True, False])
+@pytest.mark.parametrize("writer", ["local", "tensorstore"])
 @pytest.mark.parametrize("kind", ["local", "tensorstore"])
-def test_any_run_is_read_into_any_pieces(tmp_path, kind):
-    nbytes, chosen = 11 * PAGE - 3, random.Random(3)
-    data, grid = page_of_random(nbytes), grid_of(nbytes)
-    write_shards(tmp_path / "a", data, grid)
+def test_any_run_is_read_into_any_pieces(tmp_path, kind, writer, past_cache):
+    nbytes, chosen = 43 * PAGE - 3, random.Random(3)
+    data, grid = page_of_random(nbytes), grid_of(nbytes, chunks=16)
+    if writer == "local":
+        write_shards(tmp_path / "a", data, grid)
+    else:
+        open_array(kvstore(tmp_path), "a", array_metadata(grid)).write(data).result()
+    forget(tmp_path)
     local = LocalArray(tmp_path / "a", grid)
     array = local if kind == "local" else RemoteArray(kvstore(tmp_path), "a", grid)
     for _ in range(100):
         start, stop = sorted(chosen.choices(range(nbytes + 1), k=2))
         cuts = sorted({start, stop, *chosen.choices(range(start, stop + 1), k=3)})
         pieces = [np.zeros(b - a, np.uint8) for a, b in pairwise(cuts)]
-        array.read(start, [piece.data for piece in pieces])
+        array.read(start, [piece.data for piece in pieces], past_cache=past_cache)
         got = np.concatenate([np.zeros(0, np.uint8), *pieces])
         assert (got == data[start:stop]).all(), cuts
 
@@ -148,7 +164,29 @@ def test_many_short_writes_and_reads_add_up(tmp_path, monkeypatch):
     assert (out == data).all()
 
 
-def test_every_flipped_bit_of_a_file_is_noticed(tmp_path):
+def test_what_is_in_the_page_cache_is_read_from_there(direct_disk, monkeypatch):
+    nbytes, grid, opened, real_open = 8 * PAGE, grid_of(8 * PAGE), [], os.open
+    data = page_of_random(nbytes)
+    write_shards(direct_disk / "a", data, grid, direct=False)
+
+    def watched(path, flags, *mode):
+        opened.append(bool(flags & DIRECT))
+        return real_open(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", watched)
+    out = np.zeros(nbytes, np.uint8)
+    LocalArray(direct_disk / "a", grid).read(0, [out.data], past_cache=True)
+    assert opened == [False, False], "both files were just written through the cache"
+    forget(direct_disk)
+    opened.clear()
+    LocalArray(direct_disk / "a", grid).read(0, [out.data], past_cache=True)
+    assert opened == [False, True, False, True], "the index is read in the usual way"
+    assert (out == data).all()
+
+
+@pytest.mark.parametrize("past_cache", [True, False])
+def test_every_flipped_bit_of_a_file_is_noticed(tmp_path, monkeypatch, past_cache):
+    monkeypatch.setattr(local_reader, "_is_cached", lambda *_: False)
     nbytes, chosen = 4 * PAGE - 9, random.Random(1)
     data, grid = page_of_random(nbytes), grid_of(nbytes)
     write_shards(tmp_path / "a", data, grid)
@@ -159,13 +197,13 @@ def test_every_flipped_bit_of_a_file_is_noticed(tmp_path):
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(DamagedChunkError, match=r'DATA_LOSS: .*a/c/0"'):
-            LocalArray(tmp_path / "a", grid).read(0, [out.data])
+            LocalArray(tmp_path / "a", grid).read(0, [out.data], past_cache=past_cache)
     for length in range(0, len(raw), 1000):
         path.write_bytes(raw[:length])
         with pytest.raises(DamagedChunkError, match="the index is damaged or cut short"):
-            LocalArray(tmp_path / "a", grid).read(0, [out.data])
+            LocalArray(tmp_path / "a", grid).read(0, [out.data], past_cache=past_cache)
     path.write_bytes(raw)
-    LocalArray(tmp_path / "a", grid).read(0, [out.data])
+    LocalArray(tmp_path / "a", grid).read(0, [out.data], past_cache=past_cache)
     assert (out == data).all()
 
 

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore
-from mb_ckpt.saving import writing
+from mb_ckpt.saving import staging, writing
 from torch import nn
 
 
@@ -351,3 +351,15 @@ def test_overlapping_pieces_and_holes_are_refused_at_save(tmp_path):
             store.save(1, {"w": [piece(0, 3), piece(2, 2)]})
         assert store.steps() == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sizes", [[1000], [0, 0, 7, 900, 1, 0, 30], [10] * 50, [0]])
+def test_copies_on_several_threads_copy_all(tmp_path, monkeypatch, sizes):
+    monkeypatch.setattr(staging, "_LEAST_BYTES", 64)
+    monkeypatch.setattr(staging, "_processors", lambda: 3)
+    state = {f"t{i}": torch.randn(n) for i, n in enumerate(sizes)}
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, state)
+        room = {key: torch.zeros_like(value) for key, value in state.items()}
+        store.load(room, 1)
+    assert all(torch.equal(room[key], value) for key, value in state.items())

@@ -184,7 +184,7 @@ def _verify_file(
 
 def _fault(array: Any, start: int, out: Any) -> Exception | None:
     try:
-        array.read(start, [out.data])
+        array.read(start, [out.data], past_cache=True)
     except (ValueError, OSError, CheckpointError) as e:
         return e
     return None

@@ -210,6 +210,7 @@ class CheckpointStore:
             unexpected=_one_of("unexpected", unexpected, ("modules", "error", "ignore")),
             cast=cast,
             device=device,
+            alone=self._front.size == 1,
         )
         with paused():
             if step is None:

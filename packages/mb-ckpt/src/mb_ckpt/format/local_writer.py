@@ -33,7 +33,7 @@ CRC_BYTES = 4
 THREADS = 4
 """Files at a time: what it takes to keep a disk busy, not the processor."""
 _BATCH_BYTES = 16 << 20
-_DIRECT = getattr(os, "O_DIRECT", 0)
+DIRECT = getattr(os, "O_DIRECT", 0)
 _REFUSALS = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
 ABSENT = 2**64 - 1
 MOST_BUFFERS = 512
@@ -48,6 +48,11 @@ def is_local(kvstore: Any, compression: int | None) -> bool:
 def index_bytes(grid: Grid) -> int:
     """Return the length of the index of each file, with its checksum."""
     return 16 * (grid.shard // grid.inner) + CRC_BYTES
+
+
+def page_aligned(nbytes: int) -> Bytes:
+    """Return fresh memory of *nbytes*, zeroed, that begins at a page."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
 
 
 def write_shards(
@@ -147,9 +152,9 @@ class _Output:
 
     def __init__(self, path: str, *, direct: bool) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        self._direct = direct and _DIRECT > 0
+        self._direct = direct and DIRECT > 0
         try:
-            self._file = os.open(path, flags | (_DIRECT if self._direct else 0), 0o666)
+            self._file = os.open(path, flags | (DIRECT if self._direct else 0), 0o666)
         except OSError as e:
             if not self._direct or e.errno not in _REFUSALS:
                 raise
@@ -183,7 +188,7 @@ class _Output:
         import fcntl
 
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~_DIRECT)
+        fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~DIRECT)
         self._direct = False
 
     def __enter__(self) -> Self:

@@ -131,8 +131,19 @@ class RemoteArray:
     def __init__(self, kvstore: Mapping[str, Any], path: str, grid: Grid) -> None:
         self._array = open_array(kvstore, path, array_metadata(grid))
 
-    def read(self, start: int, buffers: Sequence[memoryview]) -> None:
+    def read(
+        self,
+        start: int,
+        buffers: Sequence[memoryview],
+        *,
+        past_cache: bool = False,  # noqa: ARG002  # as of LocalArray
+    ) -> None:
         """Fill *buffers*, one after the other, with the bytes of the array from *start* on.
+
+        Args:
+            start: First byte.
+            buffers: Where to.
+            past_cache: Of no meaning here, where tensorstore decides; see `LocalArray.read`.
 
         Raises:
             OSError: If the storage refuses.

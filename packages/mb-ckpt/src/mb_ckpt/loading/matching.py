@@ -33,7 +33,10 @@ _CAST_BYTES = 256 << 20
 
 @frozen(kw_only=True)
 class LoadOptions:
-    """How to match a state to a step; see `CheckpointStore.load`."""
+    """How to match a state to a step; see `CheckpointStore.load`.
+
+    ``alone`` says that there is no other rank, which might want the same bytes.
+    """
 
     only: tuple[str, ...] | None = None
     rename: Mapping[str, str] = field(factory=dict)
@@ -41,6 +44,7 @@ class LoadOptions:
     unexpected: Literal["modules", "error", "ignore"] = "modules"
     cast: bool = False
     device: Any = None
+    alone: bool = False
 
     def wants(self, key: str) -> bool:
         """Return whether the tensor *key* of the state is to be filled."""
@@ -102,8 +106,8 @@ def load(
         unexpected = matching.unexpected(flat, pieces)
         matching.check(flat, pieces, unexpected)
     direct = [p for p in pieces if _fits(p)]
-    _fill(store, manifest, direct)
-    _fill_cast(store, manifest, [p for p in pieces if not _fits(p)])
+    _fill(store, manifest, direct, alone=options.alone)
+    _fill_cast(store, manifest, [p for p in pieces if not _fits(p)], alone=options.alone)
     for item, tree in zip(flat.statefuls, trees, strict=True):
         if tree is not None:
             item.target.load_state_dict(plain_tree.decode(tree, fresh))
@@ -261,11 +265,14 @@ def _fits(piece: Piece) -> bool:
     return dtype_name(piece.data.dtype) == piece.spec.dtype
 
 
-def _fill(store: Store, manifest: Manifest, pieces: list[Piece]) -> None:
-    (fill_arrays if manifest.layout == "zarr" else fill)(store, manifest, pieces)
+def _fill(store: Store, manifest: Manifest, pieces: list[Piece], *, alone: bool) -> None:
+    if manifest.layout == "zarr":
+        fill_arrays(store, manifest, pieces)
+    else:
+        fill(store, manifest, pieces, alone=alone)
 
 
-def _fill_cast(store: Store, manifest: Manifest, wanted: list[Piece]) -> None:
+def _fill_cast(store: Store, manifest: Manifest, wanted: list[Piece], *, alone: bool) -> None:
     """Fill tensors of other dtypes than stored, by way of a limited number of them as stored."""
     while wanted:
         batch: list[tuple[Piece, Piece]] = []
@@ -275,7 +282,7 @@ def _fill_cast(store: Store, manifest: Manifest, wanted: list[Piece]) -> None:
             room = torch.empty(piece.data.shape, dtype=getattr(torch, piece.spec.dtype))
             nbytes += room.numel() * room.element_size()
             batch.append((piece, Piece(piece.spec, room)))
-        _fill(store, manifest, [stored for _, stored in batch])
+        _fill(store, manifest, [stored for _, stored in batch], alone=alone)
         for piece, stored in batch:
             piece.data.copy_(stored.data)
 

@@ -92,13 +92,23 @@ def listing(names: list[str], most: int = 10) -> str:
     return f"{text} and {len(names) - most} more" if len(names) > most else text
 
 
-def fill(store: Store, manifest: Manifest, pieces: list[Piece]) -> None:
+def fill(store: Store, manifest: Manifest, pieces: list[Piece], *, alone: bool = False) -> None:
     """Write the stored values of a packed step into the data of *pieces*, which fit it.
+
+    Args:
+        store: The place.
+        manifest: Of the step.
+        pieces: What to fill.
+        alone: Whether there is no other rank, which might want the same bytes.
 
     Raises:
         CorruptCheckpointError: If stored bytes are damaged or missing; names tensor and file.
     """
-    segments = [s for piece in pieces for s in segments_of(piece, manifest.tensors[piece.spec.key])]
+    segments = [
+        segment
+        for piece in pieces
+        for segment in segments_of(piece, manifest.tensors[piece.spec.key], alone=alone)
+    ]
     mixed = is_local(store.kvstore, manifest.compression)
     _Filling(store, manifest).run(list(_reads(segments, mixed=mixed)))
 
@@ -139,7 +149,9 @@ class _Filling:
         if read.needs_buffer:
             buffer = self.buffers.pop() if self.buffers else _buffer()
         places = read.places(None if buffer is None else buffer.numpy().data)
-        future = threads.submit(self.arrays[read.file].read, read.start, places)
+        alone = all(segment.alone for segment in read.segments)
+        array = self.arrays[read.file]
+        future = threads.submit(array.read, read.start, places, past_cache=alone)
         self.pending.append(_Pending(read, buffer, future))
 
     def _finish(self) -> None:

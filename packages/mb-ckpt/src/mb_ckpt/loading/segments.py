@@ -45,6 +45,7 @@ class Segment:
         start, stop: Bytes.
         strides: Of the part within the run, in elements.
         target: Where the values go.
+        alone: Whether no other process of this machine is likely to want the same bytes.
     """
 
     key: str
@@ -53,6 +54,7 @@ class Segment:
     stop: int
     strides: tuple[int, ...]
     target: Tensor
+    alone: bool = False
 
     def direct(self, least: int) -> memoryview | None:
         """Return the target's memory if the run, of *least* bytes or more, is just its values."""
@@ -69,8 +71,15 @@ class Segment:
         target.copy_(values.as_strided(target.shape, self.strides, values.storage_offset()))
 
 
-def segments_of(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
-    """Yield the runs of bytes that together fill *piece*."""
+def segments_of(piece: Piece, entry: TensorEntry, *, alone: bool = False) -> Iterator[Segment]:
+    """Yield the runs of bytes that together fill *piece*.
+
+    Args:
+        piece: What to fill.
+        entry: What the step says of its tensor.
+        alone: Whether there is no other rank.
+    """
+    alone = alone or piece.spec.unique
     key, width = piece.spec.key, piece.data.element_size()
     gap, limit = INNER_BYTES // width, READ_BYTES // width
     for box, view in piece.views():
@@ -78,7 +87,7 @@ def segments_of(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
             file, first, offset, shape = entry.chunks[0]
             if (offset, shape) == (box.offset, box.shape):  # nearly always: spared the algebra
                 stop = first + view.numel() * width
-                yield Segment(key, file, first, stop, strides(shape), view)
+                yield Segment(key, file, first, stop, strides(shape), view, alone)
                 continue
         found = 0
         for chunk in _near(box, entry.chunks):
@@ -103,6 +112,7 @@ def segments_of(piece: Piece, entry: TensorEntry) -> Iterator[Segment]:
                     stop=start + extent(part.shape, stride) * width,
                     strides=stride,
                     target=_narrow(view, Box(here, part.shape)),
+                    alone=alone,
                 )
         if found != box.volume:
             raise CorruptCheckpointError(

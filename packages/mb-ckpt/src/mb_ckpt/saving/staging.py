@@ -7,7 +7,11 @@ than one into fresh pages.
 
 from __future__ import annotations
 
+import os
 import threading
+from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +25,10 @@ if TYPE_CHECKING:
     from mb_ckpt.saving.host_memory import HostMemory
     from mb_ckpt.saving.planning import Share
     from mb_ckpt.states.storable import Rows
+
+_LEAST_BYTES = 16 << 20
+"""Less is not worth a thread."""
+_MOST_THREADS = 4
 
 
 class Snapshot:
@@ -108,7 +116,7 @@ class HostBuffer:
             self._share = share
         event = None
         if cuda is None:
-            _copy(self._views, sources)
+            _copy_on_threads(self._views, sources)
         else:
             event = self._copy_from_cuda(sources, cuda, ready)
         return Snapshot(self._memory.tensor[: share.total].numpy(), event), event
@@ -137,6 +145,27 @@ def _copy(views: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     if views:
         with torch.no_grad():
             torch._foreach_copy_(views, sources, non_blocking=True)
+
+
+def _copy_on_threads(views: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy all within host memory: one thread cannot use all that the memory can move."""
+    ends = list(accumulate(view.nbytes for view in views))
+    total = ends[-1] if ends else 0
+    count = min(total // _LEAST_BYTES, _MOST_THREADS, _processors())
+    if count <= 1:
+        _copy(views, sources)
+        return
+    cuts = [bisect_left(ends, total * k // count) for k in range(count)] + [len(views)]
+    with ThreadPoolExecutor(count, thread_name_prefix="mb-ckpt-copy") as threads:
+        copies = [threads.submit(_copy, views[a:b], sources[a:b]) for a, b in pairwise(cuts)]
+        for copy in copies:
+            copy.result()
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _views(

@@ -24,6 +24,11 @@ def is_dtensor(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def is_fully_sharded(value: Any) -> bool:
+    """Return whether the pieces of a DTensor are all different."""
+    return all(placement.is_shard() for placement in value.placements)
+
+
 def local_shard(value: Any, key: str) -> TensorShard | None:
     """Return this rank's piece of a DTensor; None if the rank is not in its mesh.
 

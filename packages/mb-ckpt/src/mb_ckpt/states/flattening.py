@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.states import megatron, plain_tree
-from mb_ckpt.states.dtensors import is_dtensor, local_shard
+from mb_ckpt.states.dtensors import is_dtensor, is_fully_sharded, local_shard
 from mb_ckpt.states.megatron import is_sharded
 from mb_ckpt.states.memo import KnownMapping, Memo
 from mb_ckpt.states.pieces import Spec, of_shard, whole
@@ -164,7 +164,7 @@ class _Walk:
             shard = local_shard(value, path)
             if shard is None:
                 return plain_tree.ABSENT
-            self._shard(shard)
+            self._shard(shard, unique=is_fully_sharded(value))
         else:
             self._plain(value, path)
         return {"$tensor": path}
@@ -261,15 +261,15 @@ class _Walk:
         self.specs.append(spec)
         self.tensors.append(tensor)
 
-    def _shard(self, shard: TensorShard) -> None:
+    def _shard(self, shard: TensorShard, *, unique: bool = False) -> None:
         data = shard.data
         identity = (
             shard.key, shard.dtype, shard.global_shape, shard.offset, shard.local_shape,
-            shard.flat_range, shard.replica_id,
+            shard.flat_range, shard.replica_id, unique,
         )  # fmt: skip
         spec = self.known.specs.get(identity)
         if spec is None or not spec.is_like(data):
-            spec = of_shard(shard)
+            spec = of_shard(shard, unique=unique)
         if shard.read_rows is None or self.loading:
             check_storable(data, shard.key)
         else:

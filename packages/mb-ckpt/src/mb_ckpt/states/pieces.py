@@ -39,6 +39,7 @@ class Spec:
         nbytes: Of the data.
         replica_id: 0 where this piece is the one to store, unless the work is spread.
         plain: Whether it was a plain tensor, the same on every rank.
+        unique: Whether no other rank has any of these values.
         fixed: Whether only the rank with ``replica_id=0`` (of plain tensors: rank 0) may store it.
     """
 
@@ -50,6 +51,7 @@ class Spec:
     nbytes: int
     replica_id: int = 0
     plain: bool = False
+    unique: bool = False
     fixed: bool = False
 
     def is_like(self, data: Tensor) -> bool:
@@ -102,8 +104,8 @@ def whole(tensor: Tensor, key: str, *, fixed: bool = False) -> Spec:
     )
 
 
-def of_shard(shard: TensorShard) -> Spec:
-    """Return the spec of *shard*.
+def of_shard(shard: TensorShard, *, unique: bool = False) -> Spec:
+    """Return the spec of *shard*, a flat range or *unique* as nothing but its maker can tell.
 
     Raises:
         CheckpointError: If it contradicts itself; names it.
@@ -136,6 +138,8 @@ def of_shard(shard: TensorShard) -> Spec:
         held=expected,
         nbytes=data.numel() * data.element_size(),
         replica_id=shard.replica_id,
+        # A distributed optimizer's: that is what flat ranges are for.
+        unique=unique or shard.flat_range is not None,
     )
 
 
