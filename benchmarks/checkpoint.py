@@ -79,7 +79,7 @@ def measure(
 def measure_memory(state: str, folder: Path) -> dict[str, Any]:
     """Return the bytes that saving *state* needs beside it, with each contender."""
     found = {}
-    for name in dict.fromkeys(SAVERS[1:] + BEHIND):
+    for name in dict.fromkeys(SAVERS[2:] + BEHIND):
         task = {"what": "memory", "state": state, "rounds": MEMORY_SAVES, "root": str(folder)}
         found[name] = run(task | {"contenders": [name]}, 1)
         shutil.rmtree(folder)
