@@ -60,6 +60,9 @@ class CheckpointStore:
             zarr array that other tools can read, and is slower with many tensors.
         compression: ``"zstd"``, or None for none.
         compression_level: Of zstd, 1 (fast) to 22 (small).
+        allow_pickle: Whether `save` may pickle objects of the state that are nothing plain, and `load`
+            may run pickles. Only where you trust whoever can write to the place: a pickle can run
+            anything.
         replicate_to: A second place, to which every committed step is copied in the background.
             `load` takes the newest step of both.
         replica_keep_last: How many of the newest steps to keep there; None for all.
@@ -85,6 +88,7 @@ class CheckpointStore:
         layout: Layout = "packed",
         compression: Literal["zstd"] | None = None,
         compression_level: int = 3,
+        allow_pickle: bool = False,
         replicate_to: str | os.PathLike[str] | None = None,
         replica_keep_last: int | None = None,
         timeout_s: float = 1800.0,
@@ -113,7 +117,10 @@ class CheckpointStore:
         shared = writer == "process"
         if shared and self._store.kvstore["driver"] == "memory":
             raise ValueError("writer='process' cannot write to memory:// of this process")
-        self._stager = Stager(self._front, back, lazy=staging == "lazy", shared=shared)
+        self._pickles = allow_pickle
+        self._stager = Stager(
+            self._front, back, lazy=staging == "lazy", shared=shared, pickles=allow_pickle
+        )
         self._saver = Saver(
             store=self._store,
             ranks=back,
@@ -210,6 +217,7 @@ class CheckpointStore:
             unexpected=_one_of("unexpected", unexpected, ("modules", "error", "ignore")),
             cast=cast,
             device=device,
+            pickles="run" if self._pickles else "refuse",
             alone=self._front.size == 1,
         )
         with paused():

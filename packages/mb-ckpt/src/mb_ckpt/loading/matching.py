@@ -35,7 +35,8 @@ _CAST_BYTES = 256 << 20
 class LoadOptions:
     """How to match a state to a step; see `CheckpointStore.load`.
 
-    ``alone`` says that there is no other rank, which might want the same bytes.
+    ``pickles`` says whether pickles among what is wanted are run, refused, or left as they are;
+    ``alone`` that there is no other rank, which might want the same bytes.
     """
 
     only: tuple[str, ...] | None = None
@@ -44,7 +45,13 @@ class LoadOptions:
     unexpected: Literal["modules", "error", "ignore"] = "modules"
     cast: bool = False
     device: Any = None
+    pickles: Literal["run", "refuse", "keep"] = "keep"
     alone: bool = False
+
+    @property
+    def runs_pickles(self) -> bool:
+        """Whether stored pickles are run."""
+        return self.pickles == "run"
 
     def wants(self, key: str) -> bool:
         """Return whether the tensor *key* of the state is to be filled."""
@@ -95,6 +102,7 @@ def load(
     with materialize(state, options.device):
         flat = flatten(state, loading=True)
         matching = _Matching(manifest, options, place)
+        matching.check_pickles()
         trees = matching.trees(flat.statefuls)
         fresh = {
             key: _room(manifest, key, item, options)
@@ -110,7 +118,8 @@ def load(
     _fill_cast(store, manifest, [p for p in pieces if not _fits(p)], alone=options.alone)
     for item, tree in zip(flat.statefuls, trees, strict=True):
         if tree is not None:
-            item.target.load_state_dict(plain_tree.decode(tree, fresh))
+            plain = plain_tree.decode(tree, fresh, unpickle=options.runs_pickles)
+            item.target.load_state_dict(plain)
     for module in flat.modules:
         _load_extra(manifest, module, options)
     for thing in flat.objects:
@@ -118,7 +127,7 @@ def load(
         if stored in objects:
             fill_object(thing, objects[stored])
     return Loaded(
-        plain_tree.decode(manifest.tree) or {},
+        plain_tree.decode(manifest.tree, unpickle=options.runs_pickles) or {},
         step=manifest.step,
         place=place,
         filled=tuple(dict.fromkeys(matching.filled)),
@@ -137,6 +146,19 @@ class _Matching:
     missing: list[str] = field(factory=list)
     wrong: list[str] = field(factory=list)
     filled: list[str] = field(factory=list)
+
+    def check_pickles(self) -> None:
+        """Refuse pickles among what is wanted, unless they are allowed."""
+        if self.options.pickles != "refuse":
+            return
+        found = plain_tree.pickled(self.manifest.tree)
+        wanted = [f"{path!r} ({name})" for path, name in found.items() if self.options.wants(path)]
+        if wanted:
+            raise CheckpointError(
+                f"{self.place} holds pickles, which can run anything when loaded: "
+                f"{listing(wanted)}; where you trust who wrote it, use allow_pickle=True, else leave "
+                "them out with only="
+            )
 
     def trees(self, statefuls: Iterable[Stateful]) -> list[Any]:
         """Return the stored plain data of objects; None for those that are left alone."""
@@ -300,6 +322,10 @@ def _load_extra(manifest: Manifest, module: Stateful, options: LoadOptions) -> N
     if not options.wants(f"{module.path}."):
         return
     tree = plain_tree.find(manifest.tree, options.stored(module.path))
-    plain = None if tree is plain_tree.ABSENT else plain_tree.decode(tree)
+    plain = (
+        None
+        if tree is plain_tree.ABSENT
+        else plain_tree.decode(tree, unpickle=options.runs_pickles)
+    )
     if plain:
         module.target.load_state_dict({**module.target.state_dict(), **plain})

@@ -57,12 +57,16 @@ class Stager:
         back: The ranks, for calls from the background thread.
         lazy: Whether tensors are copied by the background thread.
         shared: Whether to copy into memory that another process can map.
+        pickles: Whether to pickle objects that are nothing plain.
     """
 
-    def __init__(self, front: Ranks, back: Ranks, *, lazy: bool, shared: bool) -> None:
+    def __init__(
+        self, front: Ranks, back: Ranks, *, lazy: bool, shared: bool, pickles: bool
+    ) -> None:
         self._front = front
         self._back = back
         self._lazy = lazy
+        self._pickles = pickles
         self._memory = HostMemory(shared=shared)
         self._buffer = HostBuffer(self._memory)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mb-ckpt")
@@ -94,7 +98,7 @@ class Stager:
         flat = FlatState()
         try:
             with paused():
-                flat = flatten(state, memo=self._memo)
+                flat = flatten(state, memo=self._memo, pickles=self._pickles)
             self._check_readers(flat)
         except Exception as e:
             refusal = e

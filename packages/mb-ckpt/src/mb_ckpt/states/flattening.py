@@ -61,7 +61,11 @@ class FlatState:
 
 
 def flatten(
-    state: Mapping[str, Any], *, loading: bool = False, memo: Memo | None = None
+    state: Mapping[str, Any],
+    *,
+    loading: bool = False,
+    memo: Memo | None = None,
+    pickles: bool = False,
 ) -> FlatState:
     """Return the pieces and the plain data of a nested *state*.
 
@@ -71,12 +75,13 @@ def flatten(
             for their ``state_dict``, which is empty before the first step of an optimizer.
         memo: Of an earlier call. Specs that are met again are taken from there, the very objects; it
             then holds those of this state alone.
+        pickles: Whether to pickle objects that are nothing plain, instead of refusing them.
 
     Raises:
         CheckpointError: If a leaf cannot be stored, a shard contradicts itself or two plain tensors
             have one key.
     """
-    walk = _Walk(loading=loading, known=Memo() if memo is None else memo)
+    walk = _Walk(loading=loading, known=Memo() if memo is None else memo, pickles=pickles)
     with torch.no_grad():
         tree = walk.visit(state, "")
     if memo is not None:
@@ -96,8 +101,9 @@ def flatten(
 class _Walk:
     """One walk over a state. Written for states of 10,000 small tensors: few steps a tensor."""
 
-    def __init__(self, *, loading: bool, known: Memo) -> None:
+    def __init__(self, *, loading: bool, known: Memo, pickles: bool) -> None:
         self.loading = loading
+        self.pickles = pickles
         self.known = known
         self.met = Memo()
         self.specs: list[Spec] = []
@@ -181,6 +187,8 @@ class _Walk:
             return self._object(value, path)
         if isinstance(value, np.generic):
             value = value.item()
+        if self.pickles and not isinstance(value, plain_tree.SCALARS):
+            value = plain_tree.Pickled.of(value, path)
         return plain_tree.encode_scalar(value, path)
 
     def _megatron(self, value: Any) -> None:

@@ -3,15 +3,19 @@
 
 Beside what JSON has, the stored tree uses objects of one key that begins with ``$``:
 ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}`` (keys that are not all plain strings),
-``{"$float": "nan" | "inf" | "-inf"}``, ``{"$bytes": base64}`` and ``{"$tensor": key}``, which stands
-where a tensor was. Never pickle.
+``{"$float": "nan" | "inf" | "-inf"}``, ``{"$bytes": base64}``, ``{"$tensor": key}``, which stands
+where a tensor was, and ``{"$pickle": [class, base64]}`` for other objects where those who save ask for
+it. Reading a tree never runs a pickle: that takes a call of `Pickled.load`.
 """
 
 from __future__ import annotations
 
 import base64
 import math
+import pickle
 from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
 
 from mb_ckpt.errors import CheckpointError
 
@@ -20,6 +24,49 @@ if TYPE_CHECKING:
 
 ABSENT: Any = object()
 """Stands where a tensor was, in a tree that is given back without tensors."""
+
+
+@frozen(repr=False)
+class Pickled:
+    """An object that is stored as a pickle, as bytes: nothing of it has been run.
+
+    Attributes:
+        name: Module and name of its class, as whoever saved it says.
+        data: The pickle.
+    """
+
+    name: str
+    data: bytes
+
+    @classmethod
+    def of(cls, value: Any, path: str) -> Pickled:
+        """Return *value* as a pickle.
+
+        Raises:
+            CheckpointError: If it cannot be pickled; names *path*.
+        """
+        kind = type(value)
+        try:
+            data = pickle.dumps(value, protocol=4)
+        except Exception as e:
+            raise CheckpointError(
+                f"state {path!r} is a {kind.__name__}, which cannot be pickled: {e}"
+            ) from e
+        return cls(f"{kind.__module__}.{kind.__qualname__}", data)
+
+    def load(self) -> Any:
+        """Return the object. This runs whatever the pickle says."""
+        try:
+            return pickle.loads(self.data)  # noqa: S301  # asked for by name
+        except Exception as e:
+            raise CheckpointError(f"a stored {self.name} cannot be unpickled: {e}") from e
+
+    def __repr__(self) -> str:
+        return f"<pickled {self.name}, {len(self.data)} bytes>"
+
+
+SCALARS = (type(None), bool, str, int, float, bytes, bytearray, Pickled)
+"""What `encode_scalar` takes."""
 
 
 def encode_scalar(value: Any, path: str) -> Any:
@@ -36,9 +83,12 @@ def encode_scalar(value: Any, path: str) -> Any:
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
+    if isinstance(value, Pickled):
+        return {"$pickle": [value.name, base64.b64encode(value.data).decode()]}
     raise CheckpointError(
         f"state {path!r} is a {type(value).__name__}, which cannot be stored: give tensors, "
-        "TensorShards, plain Python data, or objects with state_dict and load_state_dict"
+        "TensorShards, plain Python data, or objects with state_dict and load_state_dict; or allow "
+        "pickles, where you will trust who wrote the checkpoint"
     )
 
 
@@ -50,7 +100,7 @@ def encode_items(items: list[tuple[Any, Any]]) -> Any:
 
 
 def decode(  # noqa: PLR0911  # one return a kind of node
-    tree: Any, tensors: Mapping[str, Any] | None = None
+    tree: Any, tensors: Mapping[str, Any] | None = None, *, unpickle: bool = False
 ) -> Any:
     """Return the Python data of a stored tree.
 
@@ -58,9 +108,10 @@ def decode(  # noqa: PLR0911  # one return a kind of node
         tree: JSON data.
         tensors: What to put where tensors were, by key. None leaves them out: entries of mappings
             disappear, as do sequences of tensors only, and elsewhere in a sequence stands None.
+        unpickle: Whether to run pickles. Else `Pickled` objects stand in their places.
     """
     if isinstance(tree, list):
-        return _decode_sequence(tree, tensors)
+        return _decode_sequence(tree, tensors, unpickle=unpickle)
     if not isinstance(tree, dict):
         return tree
     if len(tree) == 1:
@@ -68,18 +119,21 @@ def decode(  # noqa: PLR0911  # one return a kind of node
         if tag == "$tensor":
             return ABSENT if tensors is None else tensors[value]
         if tag == "$tuple":
-            items = _decode_sequence(value, tensors)
+            items = _decode_sequence(value, tensors, unpickle=unpickle)
             return items if items is ABSENT else tuple(items)
         if tag == "$float":
             return float(value)
         if tag == "$bytes":
             return base64.b64decode(value)
-    decoded = ((decode(k), decode(v, tensors)) for k, v in items_of(tree))
+        if tag == "$pickle":
+            found = Pickled(value[0], base64.b64decode(value[1]))
+            return found.load() if unpickle else found
+    decoded = ((decode(k), decode(v, tensors, unpickle=unpickle)) for k, v in items_of(tree))
     return {k: v for k, v in decoded if v is not ABSENT}
 
 
-def _decode_sequence(tree: list[Any], tensors: Mapping[str, Any] | None) -> Any:
-    items = [decode(item, tensors) for item in tree]
+def _decode_sequence(tree: list[Any], tensors: Mapping[str, Any] | None, *, unpickle: bool) -> Any:
+    items = [decode(item, tensors, unpickle=unpickle) for item in tree]
     if items and all(item is ABSENT for item in items):
         return ABSENT
     return [None if item is ABSENT else item for item in items]
@@ -122,3 +176,13 @@ def tensor_keys(tree: Any) -> list[str]:
     if isinstance(tree, dict) and tree.keys() == {"$tensor"}:
         return [tree["$tensor"]]
     return [key for _, value in items_of(tree) for key in tensor_keys(value)]
+
+
+def pickled(tree: Any, path: str = "") -> dict[str, str]:
+    """Return the classes of all pickles in the stored *tree*, by dotted path."""
+    if isinstance(tree, dict) and tree.keys() == {"$pickle"}:
+        return {path: tree["$pickle"][0]}
+    found: dict[str, str] = {}
+    for key, value in items_of(tree):
+        found |= pickled(value, f"{path}.{key}" if path else str(key))
+    return found
