@@ -21,8 +21,8 @@ from mb_ckpt import (
     import_checkpoint,
 )
 from mb_ckpt.format import zarr_arrays
+from mb_ckpt.interop import importing, stored_rows
 from mb_ckpt.interop import safetensors_writer as writer
-from mb_ckpt.interop import stored_rows
 from mb_config.records import TensorShard
 from moto.server import ThreadedMotoServer
 from safetensors import safe_open
@@ -573,6 +573,22 @@ def test_what_is_no_checkpoint_is_refused_with_what_was_looked_for(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=r"source_step=3, but .* is one checkpoint"):
         load(tmp_path, source_step=3)
+
+
+def test_a_folder_is_told_by_its_files(tmp_path):
+    assert importing._kind(tmp_path) is None
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert importing._kind(tmp_path) == "safetensors"
+    (tmp_path / ".metadata").write_bytes(b"x")
+    assert importing._kind(tmp_path) == "dcp"
+    about = tmp_path / "metadata.json"
+    about.write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    assert importing._kind(tmp_path) == "torch_dist"
+    about.write_text('{"written_by": "somebody"}')
+    assert importing._kind(tmp_path) == "dcp"
+    about.write_text("{")
+    with pytest.raises(CheckpointError, match=r"metadata\.json cannot be read .* name the format"):
+        importing._kind(tmp_path)
 
 
 def test_plain_data_that_do_not_fit_are_refused(tmp_path):
