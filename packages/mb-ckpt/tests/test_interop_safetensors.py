@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import boto3
 import pytest
@@ -610,6 +610,20 @@ def test_plain_data_that_do_not_fit_are_refused(tmp_path):
     path.unlink()
     done, found = load(tmp_path / "out")
     assert (done.step, list(found)) == (0, ["w"])
+
+
+def test_pickles_are_taken_over_only_if_asked_and_never_run(tmp_path):
+    with (
+        CheckpointStore(tmp_path / "run", allow_pickle=True) as store,
+        CheckpointStore(tmp_path / "back") as back,
+    ):
+        store.save(1, {"w": torch.ones(2), "made": {"at": PurePosixPath("a/b")}}).result()
+        export(store, tmp_path / "out")
+        with pytest.raises(CheckpointError, match=r"plain\.json holds pickles \(made\.at\), which"):
+            import_checkpoint(tmp_path / "out", back)
+        import_checkpoint(tmp_path / "out", back, allow_pickle=True)
+        assert not store.compare(back).differs
+        assert repr(back.inspect().plain["made"]["at"]).startswith("<pickled pathlib.PurePosixPath")
 
 
 def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def _add_import(commands: Any) -> None:
     command.add_argument("--compression", choices=("zstd",), help="none if left out")
     command.add_argument("--replace", action="store_true", help="a step that is there already")
     command.add_argument(
-        "--allow-pickle", action="store_true", help="run what a trusted SOURCE has pickled"
+        "--allow-pickle", action="store_true", help="take over what a trusted SOURCE has pickled"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_import)

@@ -94,7 +94,7 @@ def import_checkpoint(
             fits counts. Plain data go along.
         prefix: Only what begins with this, before it is renamed.
         add_prefix: Put before every key of a tensor, after renaming.
-        allow_pickle: Whether to unpickle what could run code, from a source that is trusted.
+        allow_pickle: Whether to take over pickles, which could run code, from a trusted source.
         replace: Whether a committed step of that number may be replaced.
         progress: Called with the bytes read so far, and all that will be, from another thread.
 
@@ -103,8 +103,8 @@ def import_checkpoint(
             nothing or makes two keys one, the step is there, or it could not be stored.
     """
     found = _find(Path(source), format, source_step)
-    options = {} if found.format == "safetensors" else {"allow_pickle": allow_pickle}
-    incoming: Incoming = resolve_name(_READERS[found.format])(found.path, **options)
+    reader = resolve_name(_READERS[found.format])
+    incoming: Incoming = reader(found.path, allow_pickle=allow_pickle)
     number = next((n for n in (step, incoming.step, found.step) if n is not None), 0)
     if not replace:
         _check_free(store, number)

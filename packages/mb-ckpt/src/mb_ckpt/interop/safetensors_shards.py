@@ -16,6 +16,7 @@ import torch
 
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.interop.foreign import Incoming
+from mb_ckpt.loading.packed_reader import listing
 from mb_ckpt.states import plain_tree
 from mb_ckpt.states.storable import TensorToRead
 
@@ -44,11 +45,15 @@ NAMES = {
 _DTYPES = {name: getattr(torch, dtype) for dtype, name in NAMES.items() if hasattr(torch, dtype)}
 
 
-def open_safetensors(path: Path) -> Incoming:
+def open_safetensors(path: Path, *, allow_pickle: bool = False) -> Incoming:
     """Open a ``.safetensors`` file, or a folder with one or with shards and their index.
 
     Tensors are at the top of the state under their keys, and metadata of the headers under
     ``__metadata__``; a folder that `write_safetensors` wrote gives back the state that was exported.
+
+    Args:
+        path: Of the file or folder.
+        allow_pickle: Whether to take over pickles among plain data; they are not run.
 
     Raises:
         CheckpointError: If a file is missing, damaged or of unknown dtypes, index and files do not
@@ -86,7 +91,7 @@ def open_safetensors(path: Path) -> Incoming:
     folder = path if path.is_dir() else path.parent
     step, state = None, _with_metadata(tensors, metadata)
     if (folder / PLAIN).is_file() and files[0].name.startswith("model"):
-        step, state = _plain(folder / PLAIN, tensors)
+        step, state = _plain(folder / PLAIN, tensors, allow_pickle=allow_pickle)
     return Incoming(
         format="safetensors", path=str(path), step=step, state=state, left_out=tuple(left_out)
     )
@@ -225,7 +230,9 @@ def _with_metadata(
     return {**tensors, METADATA: about} if about else dict(tensors)
 
 
-def _plain(path: Path, tensors: dict[str, TensorToRead]) -> tuple[int, dict[str, Any]]:
+def _plain(
+    path: Path, tensors: dict[str, TensorToRead], *, allow_pickle: bool
+) -> tuple[int, dict[str, Any]]:
     """Return the step, and the plain data with the tensors in their places."""
     try:
         found = json.loads(path.read_bytes())
@@ -238,6 +245,11 @@ def _plain(path: Path, tensors: dict[str, TensorToRead]) -> tuple[int, dict[str,
         if lacking:
             raise CheckpointError(
                 f"{path} tells of tensor {min(lacking)!r}, which the files lack: export again"
+            )
+        if (pickles := plain_tree.pickled(tree)) and not allow_pickle:
+            raise CheckpointError(
+                f"{path} holds pickles ({listing(list(pickles))}), which can run anything when they "
+                "are loaded: where you trust who wrote it, allow pickles"
             )
         state = plain_tree.decode(tree, tensors)
         rest = {key: tensors[key] for key in tensors.keys() - set(plain_tree.tensor_keys(tree))}
