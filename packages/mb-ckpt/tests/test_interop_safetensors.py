@@ -564,6 +564,8 @@ def test_what_is_no_checkpoint_is_refused_with_what_was_looked_for(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"a\.txt is no checkpoint of a known format: looked"):
         load(tmp_path / "a.txt")
+    with pytest.raises(CheckpointError, match="is no checkpoint of a known format: looked for"):
+        load(tmp_path)
     with pytest.raises(CheckpointError, match="nothing does not exist"):
         load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="format='zip': expected 'auto', 'safetensors'"):

@@ -140,7 +140,7 @@ def _find(source: Path, wanted: str, source_step: int | None) -> _Found:
                 "several: leave it out"
             )
         return _Found(format="safetensors", path=source)
-    if not source.is_dir():
+    if not source.is_dir() or (kind is None and not _has_steps(source)):
         raise CheckpointError(_unknown(source))
     folder, step, plain = resolve_name(_RESOLVE)(source, source_step)
     kind = _kind(folder) if wanted == "auto" else wanted
@@ -166,6 +166,14 @@ def _kind(path: Path) -> Any:
         ) from e
     backend = about.get("sharded_backend") if isinstance(about, dict) else None
     return "torch_dist" if backend == "torch_dist" else "dcp"
+
+
+def _has_steps(folder: Path) -> bool:
+    """Return whether *folder* looks like one with a checkpoint a step."""
+    names = [path.name for path in folder.iterdir()]
+    return any(name.startswith(("iter_", "latest_")) or name == "release" for name in names) or any(
+        folder.glob("*/.metadata")
+    )
 
 
 def _unknown(path: Path) -> str:
