@@ -13,12 +13,16 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from mb_ckpt import CheckpointError, CheckpointStore
 from mb_ckpt.format import packed
 from mb_ckpt.saving import writing
+
+MOMENTS = 200
+LIMIT = timedelta(seconds=60)
 
 
 def state(step, size=20_000):
@@ -61,13 +65,28 @@ def die_at_operation(root, n):
         store.save(2, state(2)).result()
 
 
-def save_for_ever(root, _):
-    packed.LOCAL_SHARD_BYTES = 1 << 20
+def save_for_ever(root, rank):
+    packed.LOCAL_SHARD_BYTES = 1 << 19
     kind = int(root.name.split("-")[1]) % 3
     how = [{}, {"staging": "lazy"}, {"layout": "zarr"}][kind]
     with CheckpointStore(root, keep_last=2, **how) as store:
+        root.with_name(f"{root.name}.ready-{rank}").touch()
+        last = None
         for step in range(1, 10_000):
-            store.save(step, state(step, 300_000))
+            handle = store.save(step, state(step, 100_000))
+            if last is not None:
+                last.result()  # ends this process when another rank has gone
+            last = handle
+
+
+def save_for_ever_together(root, rank):
+    import torch.distributed as dist
+
+    meeting = root.with_name(f"{root.name}.meeting")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=LIMIT
+    )
+    save_for_ever(root, rank)
 
 
 def file_too_large(root, _):
@@ -83,8 +102,8 @@ def file_too_large(root, _):
         store.save(3, state(3)).result()
 
 
-def forked(call, root, n=0, kill_after=None):
-    """Run ``call(root, n)`` in a fork; return its wait status."""
+def fork(call, root, n=0):
+    """Run ``call(root, n)`` in a fork; return its process id."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -93,10 +112,42 @@ def forked(call, root, n=0, kill_after=None):
             code = 0
         finally:
             os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def ended(pid):
+    """Wait for a fork; return its exit code, or the negative of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(root, after, calls, victims):
+    """Run *calls*, kill the *victims* among them *after* seconds of saving; the others must end."""
+    pids = [fork(call, root, rank) for rank, call in enumerate(calls)]
+    ready = [root.with_name(f"{root.name}.ready-{rank}") for rank in range(len(calls))]
+    began = time.monotonic()
+    while not all(path.exists() for path in ready):
+        assert time.monotonic() - began < LIMIT.total_seconds()
+        time.sleep(0.002)
+    time.sleep(after)
+    for rank in victims:
+        os.kill(pids[rank], signal.SIGKILL)
+    for rank, pid in enumerate(pids):
+        assert ended(pid) == (-signal.SIGKILL if rank in victims else 1), rank
+
+
+def kill_at(root, moment):
+    """Kill a job at the random *moment*: one process, one of two ranks, or both."""
+    after = random.Random(moment).uniform(0.02, 0.3)
+    run = root / f"moment-{moment}"
+    if moment % 5 < 3:
+        kill(run, after, [save_for_ever], [0])
+    else:
+        kill(run, after, [save_for_ever_together] * 2, [1] if moment % 5 == 3 else [0, 1])
+
+
+def kill_many(root, first):
+    for moment in range(first, MOMENTS, 2):
+        kill_at(root, moment)
 
 
 def main():
@@ -104,13 +155,11 @@ def main():
     root = Path(sys.argv[1])
     codes = []
     while not codes or codes[-1] != 0:
-        codes.append(forked(die_at_operation, root / f"operation-{len(codes)}", len(codes)))
+        pid = fork(die_at_operation, root / f"operation-{len(codes)}", len(codes))
+        codes.append(ended(pid))
         assert codes[-1] in (0, -signal.SIGKILL), codes
-    chosen = random.Random(5)
-    for i in range(int(os.environ.get("MB_CKPT_CRASHES", "25"))):
-        code = forked(save_for_ever, root / f"moment-{i}", kill_after=chosen.uniform(0.1, 0.5))
-        assert code == -signal.SIGKILL, code
-    assert forked(file_too_large, root / "limited") == 0
+    assert [ended(pid) for pid in [fork(kill_many, root, first) for first in range(2)]] == [0, 0]
+    assert ended(fork(file_too_large, root / "limited")) == 0
     print(len(codes))
 
 

@@ -15,6 +15,8 @@ import torch
 from mb_ckpt import CheckpointError, CheckpointStore
 from mb_ckpt.saving import writing
 
+MOMENTS = 200
+"""At which crash_worker.py kills a process, one of two ranks, or both."""
 WORKER = Path(__file__).with_name("crash_worker.py")
 
 
@@ -70,13 +72,15 @@ def test_a_writer_killed_before_any_file_operation_leaves_a_whole_step(crashed):
 def test_a_writer_killed_at_random_moments_leaves_whole_steps(crashed):
     root, _ = crashed
     newest = []
-    for i in range(int(os.environ.get("MB_CKPT_CRASHES", "25"))):
-        run = root / f"moment-{i}"
+    runs = [run for run in (root / f"moment-{i}" for i in range(MOMENTS)) if run.exists()]
+    for run in runs:
         newest += check(run)[-1:]
         with CheckpointStore(run) as store:
             store.save(10_000, {"w": torch.ones(1)}).result()
         check_tidy(run)
-    assert max(newest) >= 2
+    assert len(runs) > MOMENTS * 0.8, "the others were killed before they began"
+    assert len(newest) > MOMENTS * 0.4, "most had committed a step"
+    assert max(newest) >= 5
 
 
 def test_a_file_size_limit_is_reported_and_the_next_save_succeeds(crashed):
