@@ -17,11 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from mb_ckpt import CheckpointBusyError, CheckpointError, CheckpointStore
+from mb_ckpt.format import local_reader
 from mb_ckpt.saving import writing
 from mb_config.records import TensorShard
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 WIDE = torch.arange(7 * 10, dtype=torch.float32).reshape(7, 10)
 FLAT = torch.arange(4 * 9, dtype=torch.int64).reshape(4, 9)
@@ -245,6 +246,58 @@ def kinds(rank, root):
         check_loaded(rank, room)
 
 
+def on_demand(rank, root):
+    """Both ranks' rows are read while they are written, in either layout."""
+    big = torch.arange(2 * 700 * 900, dtype=torch.float32).reshape(1400, 900)
+    mine = big[700 * rank : 700 * (rank + 1)]
+    asked = []
+
+    def rows(start, stop):
+        asked.append(stop - start)
+        return mine[start:stop]
+
+    lazy = TensorShard(
+        key="big", data=torch.empty_like(mine, device="meta"), global_shape=(1400, 900),
+        offset=(700 * rank, 0), local_shape=(700, 900), dtype="float32", read_rows=rows,
+    )  # fmt: skip
+    for layout in ("packed", "zarr"):
+        asked.clear()
+        with CheckpointStore(root / layout, layout=layout) as store:
+            store.save(1, {"big": lazy, **state(rank)}).result()
+            assert sum(asked) == 700
+            other, room = torch.zeros(1400, 900), state(rank, fill=-1)
+            store.load({"big": other, **room})
+            assert torch.equal(other, big)
+            check_loaded(rank, room)
+            if rank == 0:
+                store.verify()
+            dist.barrier()
+
+
+def past_the_cache(rank, root):
+    """What several ranks want goes through the page cache, what one of them has alone does not."""
+    flags, real_open = [], os.open
+
+    def watched(path, how, *mode):
+        flags.append(how)
+        return real_open(path, how, *mode)
+
+    weight = torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024)
+    mesh = init_device_mesh("cpu", (2,))
+    with CheckpointStore(root) as store:
+        store.save(1, {"w": weight}).result()
+        dist.barrier()
+        for placement, expected in ((Replicate(), False), (Shard(0), True)):
+            room = distribute_tensor(torch.zeros_like(weight), mesh, [placement])
+            flags.clear()
+            os.open = watched
+            local_reader._is_cached = lambda *_: False
+            store.load({"w": room})
+            os.open = real_open
+            assert any(how & getattr(os, "O_DIRECT", 0) for how in flags) == expected, placement
+            assert torch.equal(room.full_tensor(), weight)
+
+
 def sharded_training(seed, mesh):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
@@ -297,7 +350,7 @@ def fsdp(rank, root):
 CASES = {
     "fsdp": [fsdp],
     "layouts": [save_and_load, refusal],
-    "kinds": [spread, kinds],
+    "kinds": [spread, kinds, on_demand, past_the_cache],
     "failures": [failures],
     "load": [load_from_one],
     "death": [death],
