@@ -21,7 +21,7 @@ from mb_ckpt import (
     import_checkpoint,
 )
 from mb_ckpt.format import zarr_arrays
-from mb_ckpt.interop import importing, stored_rows
+from mb_ckpt.interop import exporting, importing, stored_rows
 from mb_ckpt.interop import safetensors_writer as writer
 from mb_config.records import TensorShard
 from moto.server import ThreadedMotoServer
@@ -591,6 +591,17 @@ def test_a_folder_is_told_by_its_files(tmp_path):
     about.write_text("{")
     with pytest.raises(CheckpointError, match=r"metadata\.json cannot be read .* name the format"):
         importing._kind(tmp_path)
+
+
+def test_a_format_whose_modules_are_missing_is_said_to_be(tmp_path, monkeypatch):
+    monkeypatch.setitem(exporting._WRITERS, "dcp", "mb_ckpt.interop.nowhere:write_dcp")
+    with CheckpointStore(tmp_path / "run") as store:
+        store.save(1, {"w": torch.ones(2)}).result()
+        with pytest.raises(
+            CheckpointError, match=r"dcp needs the module mb_ckpt\.interop\.nowhere"
+        ):
+            export_checkpoint(store, tmp_path / "out", to="dcp")
+    assert files_of(tmp_path) == ["run"]
 
 
 def test_plain_data_that_do_not_fit_are_refused(tmp_path):

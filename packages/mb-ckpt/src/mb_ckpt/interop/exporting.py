@@ -7,13 +7,12 @@ import os
 import secrets
 import shutil
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 
 from mb_ckpt.errors import CheckpointError, storage_error
-from mb_ckpt.interop.foreign import Outgoing
+from mb_ckpt.interop.foreign import Outgoing, load_part
 from mb_ckpt.interop.renaming import Renaming, move, without_tensors
 from mb_ckpt.interop.stored_rows import StoredRows
 from mb_ckpt.states import plain_tree
@@ -97,7 +96,7 @@ def export_checkpoint(
     folder = target.with_name(f".{target.name}.incomplete-{secrets.token_hex(4)}")
     try:
         folder.mkdir(parents=True)
-        resolve_name(_WRITERS[to])(folder, outgoing, progress=progress, **options)
+        load_part(_WRITERS[to], to)(folder, outgoing, progress=progress, **options)
         folder.rename(target)
         _make_durable(target.parent)
     except BaseException as e:

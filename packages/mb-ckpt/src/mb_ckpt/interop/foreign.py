@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen
+
+from mb_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,3 +53,18 @@ class Outgoing:
     tensors: Mapping[str, TensorToRead] = field(repr=False)
     state: Mapping[str, Any] = field(repr=False)
     plain: Mapping[str, Any] = field(repr=False)
+
+
+def load_part(reference: str, format_: str) -> Any:
+    """Return what *reference*, ``module:name``, names; modules of formats are imported when needed.
+
+    Raises:
+        CheckpointError: If a module that *format_* needs is missing; names it.
+    """
+    try:
+        return resolve_name(reference)
+    except ModuleNotFoundError as e:
+        raise CheckpointError(
+            f"{format_} needs the module {e.name}, which is not installed: install it, or use "
+            "another format"
+        ) from e

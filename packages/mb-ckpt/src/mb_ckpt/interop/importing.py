@@ -6,12 +6,12 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import evolve, field, frozen
 
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.interop.foreign import load_part
 from mb_ckpt.interop.renaming import Renaming, move, tensors_in
 from mb_ckpt.states.storable import TensorToRead
 
@@ -103,7 +103,7 @@ def import_checkpoint(
             nothing or makes two keys one, the step is there, or it could not be stored.
     """
     found = _find(Path(source), format, source_step)
-    reader = resolve_name(_READERS[found.format])
+    reader = load_part(_READERS[found.format], found.format)
     incoming: Incoming = reader(found.path, allow_pickle=allow_pickle)
     number = next((n for n in (step, incoming.step, found.step) if n is not None), 0)
     if not replace:
@@ -142,7 +142,9 @@ def _find(source: Path, wanted: str, source_step: int | None) -> _Found:
         return _Found(format="safetensors", path=source)
     if not source.is_dir() or (kind is None and not _has_steps(source)):
         raise CheckpointError(_unknown(source))
-    folder, step, plain = resolve_name(_RESOLVE)(source, source_step)
+    folder, step, plain = load_part(_RESOLVE, kind or "a folder of several checkpoints")(
+        source, source_step
+    )
     kind = _kind(folder) if wanted == "auto" else wanted
     if kind is None:
         raise CheckpointError(_unknown(folder))
