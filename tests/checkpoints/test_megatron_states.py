@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 
+import numpy as np
 import pytest
 import torch
 from mb_ckpt import CheckpointError, CheckpointStore
@@ -92,6 +94,30 @@ def test_objects_are_stored_as_plain_data_and_given_back(tmp_path):
         with pytest.raises(CheckpointError, match="lacks lost/shard_0_1"):
             store.load(more)
         assert store.load(more, missing="ignore").missing == ("lost/shard_0_1",)
-        bad = {"x": mapping.ShardedObject("bad", {"f": torch.ones(1)}, (1,), (0,))}
-        with pytest.raises(CheckpointError, match=r"'bad/shard_0_1\.f' is a Tensor"):
+        bad = {"x": mapping.ShardedObject("bad", {"f": print}, (1,), (0,))}
+        with pytest.raises(CheckpointError, match=r"'bad/shard_0_1\.f' is a builtin"):
             store.save(2, bad)
+
+
+def test_random_states_as_megatron_gathers_them_come_back(tmp_path):
+    mapping = pytest.importorskip("megatron.core.dist_checkpointing.mapping")
+    states = [{
+        "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),  # noqa: NPY002
+        "torch_rng_state": torch.get_rng_state(), "more": torch.tensor([1.5], dtype=torch.bfloat16),
+        "nothing": torch.empty(0, 2), "count": np.int64(3),
+    }]  # fmt: skip
+    room = mapping.ShardedObject("rng_state", None, (1, 1), (0, 0))
+    with CheckpointStore(tmp_path) as store:
+        store.save(1, {"rng": mapping.ShardedObject("rng_state", states, (1, 1), (0, 0))})
+        store.load({"rng": room}, 1)
+    (found,) = room.data
+    random.setstate(found["random_rng_state"])
+    np.random.set_state(found["np_rng_state"])  # noqa: NPY002
+    torch.set_rng_state(found["torch_rng_state"])
+    assert found["random_rng_state"] == states[0]["random_rng_state"]
+    assert (found["np_rng_state"][1] == states[0]["np_rng_state"][1]).all()
+    assert found["np_rng_state"][1].dtype == np.uint32
+    assert torch.equal(found["torch_rng_state"], states[0]["torch_rng_state"])
+    assert torch.equal(found["more"], states[0]["more"])
+    assert found["nothing"].shape == (0, 2)
+    assert found["count"] == 3

@@ -95,6 +95,9 @@ def _add_import(commands: Any) -> None:
     command.add_argument("--source-step", type=int, help="which of several; the newest")
     _add_names(command)
     command.add_argument("--add-prefix", default="", metavar="P", help="put before every key")
+    command.add_argument(
+        "--split-layers", action="store_true", help="give each layer of Megatron's keys of its own"
+    )
     command.add_argument("--layout", choices=("packed", "zarr"), default="packed")
     command.add_argument("--compression", choices=("zstd",), help="none if left out")
     command.add_argument("--replace", action="store_true", help="a step that is there already")
@@ -257,6 +260,7 @@ def _import(store: CheckpointStore, options: argparse.Namespace) -> None:
             rename=_renames(options),
             prefix=options.prefix,
             add_prefix=options.add_prefix,
+            split_layers=options.split_layers,
             allow_pickle=options.allow_pickle,
             replace=options.replace,
             progress=progress,

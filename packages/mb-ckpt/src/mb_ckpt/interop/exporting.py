@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _WRITERS = {
     "safetensors": "mb_ckpt.interop.safetensors_writer:write_safetensors",
-    "dcp": "mb_ckpt.interop.dcp:write_dcp",
+    "dcp": "mb_ckpt.interop.dcp_writer:write_dcp",
     "torch_dist": "mb_ckpt.interop.torch_dist:write_torch_dist",
 }
 

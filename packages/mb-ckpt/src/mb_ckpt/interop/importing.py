@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import evolve, field, frozen
 
 from mb_ckpt.errors import CheckpointError
+from mb_ckpt.interop import layers
 from mb_ckpt.interop.foreign import load_part
 from mb_ckpt.interop.renaming import Renaming, move, tensors_in
 from mb_ckpt.states.storable import TensorToRead
@@ -73,6 +74,7 @@ def import_checkpoint(
     rename: Mapping[str, str] | None = None,
     prefix: str = "",
     add_prefix: str = "",
+    split_layers: bool = False,
     allow_pickle: bool = False,
     replace: bool = False,
     progress: Callable[[int, int], None] = lambda *_: None,
@@ -94,6 +96,7 @@ def import_checkpoint(
             fits counts. Plain data go along.
         prefix: Only what begins with this, before it is renamed.
         add_prefix: Put before every key of a tensor, after renaming.
+        split_layers: Of ``torch_dist``: one key a layer, as mb-engine has them, before any renaming.
         allow_pickle: Whether to take over pickles, which could run code, from a trusted source.
         replace: Whether a committed step of that number may be replaced.
         progress: Called with the bytes read so far, and all that will be, from another thread.
@@ -103,8 +106,7 @@ def import_checkpoint(
             nothing or makes two keys one, the step is there, or it could not be stored.
     """
     found = _find(Path(source), format, source_step)
-    reader = load_part(_READERS[found.format], found.format)
-    incoming: Incoming = reader(found.path, allow_pickle=allow_pickle)
+    incoming = _opened(found, split_layers=split_layers, allow_pickle=allow_pickle)
     number = next((n for n in (step, incoming.step, found.step) if n is not None), 0)
     if not replace:
         _check_free(store, number)
@@ -112,8 +114,7 @@ def import_checkpoint(
     state = _renamed({**found.plain, **incoming.state}, renaming)
     tensors = tensors_in(state)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    handle = store.save(number, _Counter(nbytes, progress).within(state))
-    handle.result()
+    (handle := store.save(number, _Counter(nbytes, progress).within(state))).result()
     progress(nbytes, nbytes)
     return Imported(
         step=number,
@@ -149,6 +150,16 @@ def _find(source: Path, wanted: str, source_step: int | None) -> _Found:
     if kind is None:
         raise CheckpointError(_unknown(folder))
     return _Found(format=kind, path=folder, step=step, plain=plain)
+
+
+def _opened(found: _Found, *, split_layers: bool, allow_pickle: bool) -> Incoming:
+    if split_layers and found.format != "torch_dist":
+        raise CheckpointError(f"split_layers=True is of torch_dist, not of {found.format}")
+    reader = load_part(_READERS[found.format], found.format)
+    incoming: Incoming = reader(found.path, allow_pickle=allow_pickle)
+    if split_layers:
+        return evolve(incoming, state=layers.split_layers(incoming.state))
+    return incoming
 
 
 def _kind(path: Path) -> Any:

@@ -86,24 +86,37 @@ def object_shard(value: Any) -> TensorShard | None:
     """Return a ``ShardedObject`` as a piece of bytes of its own; None if another replica has it.
 
     Raises:
-        CheckpointError: If it is neither plain data nor a file in memory.
+        CheckpointError: If it is neither plain data with arrays in them nor a file in memory.
     """
     if _replica(value):
         return None
-    data = value.data
+    return TensorShard.whole(value.unique_key, encode_object(value.data, value.unique_key))
+
+
+def encode_object(data: Any, key: str) -> torch.Tensor:
+    """Return the ``data`` of a ``ShardedObject`` as it is stored: one-dimensional uint8.
+
+    Raises:
+        CheckpointError: If it is neither plain data with arrays in them nor a file in memory; names
+            *key*.
+    """
     kind = "plain"
     if isinstance(data, io.BytesIO):
         kind, data = "file", data.getvalue()
-    text = json.dumps({kind: _encoded(data, value.unique_key)}, allow_nan=False).encode()
-    room = torch.from_numpy(np.frombuffer(text, np.uint8).copy())
-    return TensorShard.whole(value.unique_key, room)
+    text = json.dumps({kind: _encoded(data, key)}, allow_nan=False).encode()
+    return torch.from_numpy(np.frombuffer(text, np.uint8).copy())
+
+
+def decode_object(stored: torch.Tensor) -> Any:
+    """Return the ``data`` of a ``ShardedObject`` from the bytes that were stored for it."""
+    ((kind, tree),) = json.loads(stored.numpy().tobytes()).items()
+    data = plain_tree.decode(tree)
+    return io.BytesIO(data) if kind == "file" else data
 
 
 def fill_object(item: ObjectToFill, stored: torch.Tensor) -> None:
     """Give a ``ShardedObject`` its ``data`` back, from the bytes that were stored for it."""
-    ((kind, tree),) = json.loads(stored.numpy().tobytes()).items()
-    data = plain_tree.decode(tree)
-    item.target.data = io.BytesIO(data) if kind == "file" else data
+    item.target.data = decode_object(stored)
 
 
 def _encoded(value: Any, path: str) -> Any:
@@ -113,7 +126,17 @@ def _encoded(value: Any, path: str) -> Any:
     if isinstance(value, (list, tuple)):
         items_ = [_encoded(v, f"{path}.{i}") for i, v in enumerate(value)]
         return {"$tuple": items_} if isinstance(value, tuple) else items_
+    if isinstance(value, (torch.Tensor, np.ndarray)) and _holds_numbers(value):
+        return plain_tree.encode_array(value)
+    if isinstance(value, np.generic):
+        value = value.item()
     return plain_tree.encode_scalar(value, path)
+
+
+def _holds_numbers(value: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biufc"
+    return value.layout is torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _replica(value: Any) -> int:

@@ -5,7 +5,7 @@ Beside what JSON has, the stored tree uses objects of one key that begins with `
 ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}`` (keys that are not all plain strings),
 ``{"$float": "nan" | "inf" | "-inf"}``, ``{"$bytes": base64}``, ``{"$tensor": key}``, which stands
 where a tensor was, and ``{"$pickle": [class, base64]}`` for other objects where those who save ask for
-it. Reading a tree never runs a pickle: that takes a call of `Pickled.load`.
+it. Within objects of Megatron's, ``{"$numpy": [dtype, shape, base64]}`` and ``{"$torch": ...}`` are arrays. Reading a tree never runs a pickle: that takes a call of `Pickled.load`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import math
 import pickle
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from attrs import frozen
 
 from mb_ckpt.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 ABSENT: Any = object()
 """Stands where a tensor was, in a tree that is given back without tensors."""
@@ -92,6 +94,41 @@ def encode_scalar(value: Any, path: str) -> Any:
     )
 
 
+def encode_array(value: np.ndarray[Any, Any] | torch.Tensor) -> Any:
+    """Return a small array or tensor as JSON data."""
+    if isinstance(value, torch.Tensor):
+        data = value.detach().cpu().contiguous()
+        raw = data.reshape(-1).view(torch.uint8).numpy().tobytes()
+        name, shape = str(data.dtype).removeprefix("torch."), list(data.shape)
+        return {"$torch": [name, shape, base64.b64encode(raw).decode()]}
+    little = value.astype(value.dtype.newbyteorder("<"))
+    return {
+        "$numpy": [little.dtype.str, list(value.shape), base64.b64encode(little.tobytes()).decode()]
+    }
+
+
+def _tensor_of(value: list[Any]) -> torch.Tensor:
+    name, shape, text = value
+    raw, dtype = base64.b64decode(text), getattr(torch, name)
+    if not raw:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def _array_of(value: list[Any]) -> np.ndarray[Any, Any]:
+    name, shape, raw = value
+    array = np.frombuffer(bytearray(base64.b64decode(raw)), name).reshape(shape)
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+_VALUES: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$bytes": base64.b64decode,
+    "$numpy": _array_of,
+    "$torch": _tensor_of,
+}
+
+
 def encode_items(items: list[tuple[Any, Any]]) -> Any:
     """Return a mapping of already encoded values as JSON data; keys are strings or plain scalars."""
     if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
@@ -121,10 +158,8 @@ def decode(  # noqa: PLR0911  # one return a kind of node
         if tag == "$tuple":
             items = _decode_sequence(value, tensors, unpickle=unpickle)
             return items if items is ABSENT else tuple(items)
-        if tag == "$float":
-            return float(value)
-        if tag == "$bytes":
-            return base64.b64decode(value)
+        if tag in _VALUES:
+            return _VALUES[tag](value)
         if tag == "$pickle":
             found = Pickled(value[0], base64.b64decode(value[1]))
             return found.load() if unpickle else found
