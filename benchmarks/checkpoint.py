@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -106,6 +107,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="work there: the disk that is measured")
     parser.add_argument("--out", type=Path, help="folder to write results to")
     arguments = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # DCP shares a file a tensor
     states = arguments.state or (["small"] if arguments.quick else list(SIZES))
     rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
     out = arguments.out or (None if arguments.quick or arguments.state else RESULTS)

@@ -298,6 +298,25 @@ def past_the_cache(rank, root):
             assert torch.equal(room.full_tensor(), weight)
 
 
+def split_anew(rank, root):
+    """A DTensor that is split in another way at the next save is stored as it is then."""
+    mesh, other = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2,))
+    whole = torch.arange(36.0).reshape(6, 6)
+    ways = [
+        (mesh, [Shard(0)]), (other, [Shard(0)]), (mesh, [Shard(1)]), (mesh, [Replicate()]),
+        (mesh, [Shard(0)]),
+    ]  # fmt: skip
+    with CheckpointStore(root) as store:
+        for step, (where, placements) in enumerate(ways):
+            value = distribute_tensor(whole + step, where, placements)
+            for _ in range(2):
+                store.save(step, {"w": value}).result()
+            room = torch.zeros(6, 6)
+            store.load({"w": room}, step)
+            assert torch.equal(room, whole + step), step
+            assert store.inspect(step).tensors["w"].pieces == (1 if step == 3 else 2)
+
+
 def sharded_training(seed, mesh):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
@@ -348,7 +367,7 @@ def fsdp(rank, root):
 
 
 CASES = {
-    "fsdp": [fsdp],
+    "fsdp": [fsdp, split_anew],
     "layouts": [save_and_load, refusal],
     "kinds": [spread, kinds, on_demand, past_the_cache],
     "failures": [failures],

@@ -40,6 +40,8 @@ from mb_ckpt.saving.writer_process import serve
 serve(int(sys.argv[3]), int(sys.argv[4]))
 """
 _END_S = 10.0
+_NICE = 10
+"""Training goes first where there is no processor to spare."""
 
 
 class WriterProcess:
@@ -127,6 +129,7 @@ def _reap(child: subprocess.Popen[str]) -> None:
 
 def serve(descriptor: int, parent: int) -> None:
     """The child's side: do tasks until the input ends or the *parent* is gone."""
+    os.nice(_NICE)
     tasks: queue.Queue[str] = queue.Queue()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing else may write among the answers

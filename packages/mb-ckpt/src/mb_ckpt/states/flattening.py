@@ -14,7 +14,13 @@ from torch import Tensor
 
 from mb_ckpt.errors import CheckpointError
 from mb_ckpt.states import megatron, plain_tree
-from mb_ckpt.states.dtensors import is_dtensor, is_fully_sharded, local_shard
+from mb_ckpt.states.dtensors import (
+    is_dtensor,
+    is_fully_sharded,
+    layout_of,
+    local_of,
+    local_shard,
+)
 from mb_ckpt.states.megatron import is_sharded
 from mb_ckpt.states.memo import KnownMapping, Memo
 from mb_ckpt.states.pieces import Spec, of_shard, whole
@@ -85,7 +91,7 @@ def flatten(
     with torch.no_grad():
         tree = walk.visit(state, "")
     if memo is not None:
-        memo.specs, memo.mappings = walk.met.specs, walk.met.mappings
+        memo.take(walk.met)
     return FlatState(
         specs=walk.specs,
         tensors=walk.tensors,
@@ -167,13 +173,36 @@ class _Walk:
 
     def _tensor(self, value: Tensor, path: str) -> Any:
         if type(value) not in TENSORS and is_dtensor(value):
+            if self._take_dtensor_again(value, path):
+                return {"$tensor": path}
             shard = local_shard(value, path)
             if shard is None:
                 return plain_tree.ABSENT
             self._shard(shard, unique=is_fully_sharded(value))
+            self.met.dtensors[path] = (layout_of(value), self.specs[-1])
         else:
             self._plain(value, path)
         return {"$tensor": path}
+
+    def _take_dtensor_again(self, value: Any, path: str) -> bool:
+        """Take in a DTensor that is split as the last one there was, without asking how."""
+        known = self.known.dtensors.get(path)
+        if known is None:
+            return False
+        layout, spec = known
+        now = layout_of(value)
+        if layout is not now and layout != now:
+            return False
+        data = local_of(value)
+        same = type(data) in TENSORS and spec.is_like(data)
+        if not same or data.is_meta or data.is_conj() or data.is_neg():
+            return False
+        if self.seen.setdefault(spec.key, False):  # refused by the usual way
+            return False
+        self.met.dtensors[path] = (now, spec)
+        self.specs.append(spec)
+        self.tensors.append(data)
+        return True
 
     def _other(self, value: Any, path: str) -> Any:
         if is_sharded(value):

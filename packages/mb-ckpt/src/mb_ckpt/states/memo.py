@@ -88,7 +88,13 @@ class Memo:
     Attributes:
         specs: By key or identity of a shard.
         mappings: By dotted path.
+        dtensors: By dotted path: how a DTensor was split, as torch has it, and its spec.
     """
 
     specs: dict[Any, Spec] = field(factory=dict)
     mappings: dict[str, KnownMapping] = field(factory=dict)
+    dtensors: dict[str, tuple[Any, Spec]] = field(factory=dict)
+
+    def take(self, other: Memo) -> None:
+        """Become what *other* is."""
+        self.specs, self.mappings, self.dtensors = other.specs, other.mappings, other.dtensors
