@@ -228,7 +228,7 @@ def lint(session: nox.Session) -> None:
 def typing(session: nox.Session) -> None:
     """Check types with mypy, strictly."""
     install_torch(session)
-    tools = ("attrs", "cattrs", "mypy", "numpy", "packaging", "types-PyYAML", "torch")
+    tools = ("attrs", "cattrs", "crc32c", "mypy", "numpy", "packaging", "types-PyYAML", "torch")
     session.install("--no-compile", "-c", str(CONSTRAINTS), *tools)
     session.run("mypy", *(session.posargs or [str(path) for path in SOURCES.values()]))
 
