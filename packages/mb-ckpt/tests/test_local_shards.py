@@ -76,7 +76,8 @@ def forget(folder):
         if path.is_file():
             file = os.open(path, os.O_RDONLY)
             os.fsync(file)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(file)
 
 
@@ -181,6 +182,17 @@ def test_what_is_in_the_page_cache_is_read_from_there(direct_disk, monkeypatch):
     opened.clear()
     LocalArray(direct_disk / "a", grid).read(0, [out.data], past_cache=True)
     assert opened == [False, True, False, True], "the index is read in the usual way"
+    assert (out == data).all()
+
+
+def test_a_file_system_that_maps_nothing_is_read_in_the_usual_way(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    data, grid, out = page_of_random(9), grid_of(9), np.zeros(9, np.uint8)
+    write_shards(tmp_path / "a", data, grid)
+    monkeypatch.setattr(mmap, "mmap", refused)
+    LocalArray(tmp_path / "a", grid).read(0, [out.data], past_cache=True)
     assert (out == data).all()
 
 

@@ -286,7 +286,10 @@ def _is_cached(file: int, size: int) -> bool:
     """Return whether most of a file is in the page cache; True where nobody can tell."""
     if not size or not hasattr(_LIBC, "mincore"):
         return True
-    view = mmap.mmap(file, size, prot=mmap.PROT_READ)
+    try:
+        view = mmap.mmap(file, size, prot=mmap.PROT_READ)
+    except OSError:  # some network file systems map nothing
+        return True
     pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
     address = ctypes.c_void_p(np.frombuffer(view, np.uint8).ctypes.data)
     failed = _LIBC.mincore(address, ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data))
