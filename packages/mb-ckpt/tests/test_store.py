@@ -356,7 +356,7 @@ def test_overlapping_pieces_and_holes_are_refused_at_save(tmp_path):
 @pytest.mark.parametrize("sizes", [[1000], [0, 0, 7, 900, 1, 0, 30], [10] * 50, [0]])
 def test_copies_on_several_threads_copy_all(tmp_path, monkeypatch, sizes):
     monkeypatch.setattr(staging, "_LEAST_BYTES", 64)
-    monkeypatch.setattr(staging, "_processors", lambda: 3)
+    monkeypatch.setattr(staging, "processors", lambda: 3)
     state = {f"t{i}": torch.randn(n) for i, n in enumerate(sizes)}
     with CheckpointStore(tmp_path) as store:
         store.save(1, state)

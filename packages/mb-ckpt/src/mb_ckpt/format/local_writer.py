@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 CRC_BYTES = 4
 THREADS = 4
-"""Files at a time: what it takes to keep a disk busy, not the processor."""
+"""Most files at a time: what it takes to keep a disk busy."""
 _BATCH_BYTES = 16 << 20
 DIRECT = getattr(os, "O_DIRECT", 0)
 _REFUSALS = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
@@ -48,6 +48,13 @@ def is_local(kvstore: Any, compression: int | None) -> bool:
 def index_bytes(grid: Grid) -> int:
     """Return the length of the index of each file, with its checksum."""
     return 16 * (grid.shard // grid.inner) + CRC_BYTES
+
+
+def processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def page_aligned(nbytes: int) -> Bytes:
@@ -83,7 +90,8 @@ def write_shards(
         for start in starts:
             write(start)
     else:
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="mb-ckpt-write") as threads:
+        count = min(THREADS, processors(), len(starts))
+        with ThreadPoolExecutor(count, thread_name_prefix="mb-ckpt-write") as threads:
             for _ in threads.map(write, starts):
                 pass
     handle = os.open(chunks, os.O_RDONLY)

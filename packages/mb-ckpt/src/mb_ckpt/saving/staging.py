@@ -7,7 +7,6 @@ than one into fresh pages.
 
 from __future__ import annotations
 
-import os
 import threading
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mb_ckpt.format.local_writer import processors
 from mb_ckpt.saving.on_demand import BytesOnDemand
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _copy_on_threads(views: list[torch.Tensor], sources: list[torch.Tensor]) -> 
     """Copy all within host memory: one thread cannot use all that the memory can move."""
     ends = list(accumulate(view.nbytes for view in views))
     total = ends[-1] if ends else 0
-    count = min(total // _LEAST_BYTES, _MOST_THREADS, _processors())
+    count = min(total // _LEAST_BYTES, _MOST_THREADS, processors())
     if count <= 1:
         _copy(views, sources)
         return
@@ -160,12 +160,6 @@ def _copy_on_threads(views: list[torch.Tensor], sources: list[torch.Tensor]) -> 
         copies = [threads.submit(_copy, views[a:b], sources[a:b]) for a, b in pairwise(cuts)]
         for copy in copies:
             copy.result()
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _views(
