@@ -8,6 +8,8 @@ records of ``torch.distributed.checkpoint``, are called; for every other class o
 
 from __future__ import annotations
 
+import _compat_pickle
+import enum
 import io
 import pickle
 from collections import OrderedDict
@@ -26,39 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.distributed.checkpoint.metadata import Metadata
-
-_DCP = "torch.distributed.checkpoint"
-_RECORDS = {
-    f"{_DCP}.metadata": (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    ),
-    f"{_DCP}.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
-    f"{_DCP}.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-    "torch._utils": (
-        "_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter",
-        "_rebuild_parameter_with_state",
-    ),
-    "torch": ("Size", "Tensor", "device"),
-    "torch.nn.parameter": ("Parameter",),
-    "torch.storage": ("TypedStorage", "UntypedStorage"),
-    "numpy": ("dtype", "ndarray"),
-    "_codecs": ("encode",),
-    "builtins": ("bytearray", "complex", "dict", "frozenset", "list", "range", "set", "slice", "tuple"),
-}  # fmt: skip
-_MULTIARRAY = "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
-_OTHERS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    **{(module, name): PurePosixPath for module in ("pathlib", "pathlib._local")
-       for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")},
-    **{(module, name): PureWindowsPath for module in ("pathlib", "pathlib._local")
-       for name in ("WindowsPath", "PureWindowsPath")},
-    **{(f"numpy.{core}.multiarray", name): resolve_name(f"{_MULTIARRAY}:{name}")
-       for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
-    ("_io", "BytesIO"): io.BytesIO,
-}  # fmt: skip
-_TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
 
 
 class Inert:
@@ -90,9 +59,58 @@ class Inert:
         """Take items of what derives from ``list``, and forget them."""
 
 
+_DCP = "torch.distributed.checkpoint"
+_RECORDS = {
+    f"{_DCP}.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    f"{_DCP}.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    f"{_DCP}.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch._utils": (
+        "_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter",
+        "_rebuild_parameter_with_state",
+    ),
+    "torch": ("Size", "Tensor", "device"),
+    "torch.nn.parameter": ("Parameter",),
+    "torch.storage": ("TypedStorage", "UntypedStorage"),
+    "numpy": ("dtype", "ndarray"),
+    "_codecs": ("encode",),
+    "builtins": ("bytearray", "complex", "dict", "frozenset", "list", "range", "set", "slice", "tuple"),
+}  # fmt: skip
+
+
+def _member(owner: Any, name: str) -> Any:
+    """Return a member of an enum: some Pythons pickle one as ``getattr(class, name)``."""
+    if isinstance(owner, type) and issubclass(owner, enum.Enum):
+        return owner[name]
+    if isinstance(owner, type) and issubclass(owner, Inert):
+        return owner(name)
+    return type("getattr", (Inert,), {"name": "builtins.getattr"})(owner, name)
+
+
+_MULTIARRAY = "numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray"
+_OTHERS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    **{(module, name): PurePosixPath for module in ("pathlib", "pathlib._local")
+       for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")},
+    **{(module, name): PureWindowsPath for module in ("pathlib", "pathlib._local")
+       for name in ("WindowsPath", "PureWindowsPath")},
+    **{(f"numpy.{core}.multiarray", name): resolve_name(f"{_MULTIARRAY}:{name}")
+       for core in ("core", "_core") for name in ("_reconstruct", "scalar")},
+    ("_io", "BytesIO"): io.BytesIO,
+    ("builtins", "getattr"): _member,
+}  # fmt: skip
+_TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return what may be called under that name, or an inert class."""
+        # What torch.save writes has the names of Python 2, as pickle's protocol 2 does.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         other = _OTHERS.get((module, name))
         if other is not None:
             return other
