@@ -48,7 +48,7 @@ def open_dcp(path: Path, *, allow_pickle: bool = False) -> Incoming:
     items: dict[tuple[Any, ...], Any] = {}
     places = files.metadata.planner_data or {}
     for key in files.metadata.state_dict_metadata:
-        place = tuple(places.get(key, (key,)))
+        place = _place(places.get(key, (key,)), path)
         value: Any = files.tensor(key)
         if value is None:
             value = to_state(
@@ -67,6 +67,13 @@ def open_dcp(path: Path, *, allow_pickle: bool = False) -> Incoming:
         state=_nested(items),
         left_out=tuple(left_out),
     )
+
+
+def _place(found: Any, path: Path) -> tuple[str | int, ...]:
+    place = tuple(found)
+    if not place or not all(type(name) in {str, int} for name in place):
+        raise CheckpointError(f"{path / '.metadata'} is damaged: an entry is to be at {place!r}")
+    return place
 
 
 @frozen(eq=False)

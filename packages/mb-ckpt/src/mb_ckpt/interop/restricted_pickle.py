@@ -13,10 +13,11 @@ import enum
 import io
 import pickle
 from collections import OrderedDict
+from dataclasses import is_dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from pkgutil import resolve_name
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -102,10 +103,27 @@ _OTHERS: dict[tuple[str, str], Any] = {
     ("_io", "BytesIO"): io.BytesIO,
     ("builtins", "getattr"): _member,
 }  # fmt: skip
+_BUILT = frozenset((OrderedDict, io.BytesIO, np.ndarray, torch.nn.Parameter))
+"""What has a state of its own beside `Inert` objects, DCP's records and numpy's dtypes."""
 _TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
 
 
-class _Unpickler(pickle.Unpickler):
+# The one that is written in Python: that in C has no hook for what `load_build` refuses.
+_Slow: Any = pickle._Unpickler  # noqa: SLF001
+
+
+class _Unpickler(_Slow):  # type: ignore[misc]
+    dispatch: ClassVar[dict[int, Any]] = dict(_Slow.dispatch)
+
+    def load_build(self) -> None:
+        """Give an object its state; never a class, a function or the member of an enum."""
+        kind = type(self.stack[-2])
+        if not (issubclass(kind, (Inert, np.dtype)) or kind in _BUILT or is_dataclass(kind)):
+            raise pickle.UnpicklingError(f"it would change a {kind.__name__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         """Return what may be called under that name, or an inert class."""
         # What torch.save writes has the names of Python 2, as pickle's protocol 2 does.
@@ -232,8 +250,9 @@ class _Converter:
     def _inert(self, value: Inert, path: str) -> Any:
         if value.name == "argparse.Namespace" or value.name.endswith(".SimpleNamespace"):
             return self._mapping(value.state or {}, path)
-        is_enum = len(value.arguments) == 1 and type(value.arguments[0]) in SCALARS
-        if is_enum and value.state is None:
+        # The name of a class, not of a function.
+        named = value.name.rpartition(".")[2][:1].isupper()
+        if named and len(value.arguments) == 1 and type(value.arguments[0]) in SCALARS:
             return value.arguments[0]
         return self._leave(path, f"it is a {value.name}")
 
