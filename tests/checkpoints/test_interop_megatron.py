@@ -203,3 +203,36 @@ def test_layers_are_split_only_where_they_are_stacked(saved, tmp_path):
         export_checkpoint(store, tmp_path / "out", to="torch_dist")
         with pytest.raises(CheckpointError, match="holds stacked layers"):
             import_checkpoint(tmp_path / "out", store, split_layers=True, step=8)
+
+
+def take_through_a_store(root):
+    """Save buckets of one layout with Megatron, import and export them, and load both."""
+    from megatron.core import dist_checkpointing
+
+    multiprocessing.current_process()._config["daemon"] = False
+    root = Path(root)
+
+    def state(engine, **options):
+        model = engine.model[0].sharded_state_dict()
+        kind = {"distrib_optim_sharding_type": "dp_reshardable"}
+        optimizer = engine.optimizer.sharded_state_dict(model, metadata=kind, **options)
+        return {"optimizer": optimizer}
+
+    (root / "first").mkdir()
+    engine = build([], 1)
+    dist_checkpointing.save({**state(engine), "iteration": 3}, str(root / "first"))
+    with CheckpointStore(root / "store") as store:
+        import_checkpoint(root / "first", store)
+        export_checkpoint(store, root / "second", to="torch_dist")
+    return [
+        tensors(dist_checkpointing.load(state(engine, is_loading=True), str(root / name)))
+        for name in ("first", "second")
+    ]
+
+
+@pytest.mark.dist
+def test_buckets_of_one_layout_are_handed_on_as_they_are(tmp_path):
+    ((first, second),) = run_ranks(take_through_a_store, 1, str(tmp_path))
+    assert len(first) > 2
+    assert first.keys() == second.keys()
+    assert same(first, second, first)

@@ -8,7 +8,6 @@ same keys and the objects as it keeps those of a ``sharded_state_dict``, so that
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -90,15 +89,13 @@ def _object(files: DcpFiles, key: str, left_out: list[str], *, allow_pickle: boo
     value = read_object(files.read_bytes(key), where, allow_pickle=allow_pickle)
     if isinstance(value, list) and len(value) == 1:  # Megatron stores those of one key as a list
         (value,) = value
-    if not isinstance(value, io.BytesIO):
+    try:
+        data = encode_object(value, key)
+    except CheckpointError:
         value = to_state(value, key, left_out, allow_pickle=False)
         if value is LEFT_OUT:
             return LEFT_OUT
-    try:
         data = encode_object(value, key)
-    except CheckpointError as e:
-        left_out.append(f"{key}: {e}")
-        return LEFT_OUT
     return TensorToRead(
         dtype=data.dtype, shape=tuple(data.shape), read_rows=lambda start, stop: data[start:stop]
     )

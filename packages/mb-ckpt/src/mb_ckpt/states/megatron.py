@@ -122,12 +122,16 @@ def fill_object(item: ObjectToFill, stored: torch.Tensor) -> None:
 def _encoded(value: Any, path: str) -> Any:
     if isinstance(value, dict):
         items = [(k, _encoded(v, f"{path}.{k}")) for k, v in value.items()]
+        if any(isinstance(k, (tuple, torch.dtype)) for k in value):
+            return {"$dict": [[_encoded(k, f"{path}, a key"), v] for k, v in items]}
         return plain_tree.encode_items(items)
     if isinstance(value, (list, tuple)):
         items_ = [_encoded(v, f"{path}.{i}") for i, v in enumerate(value)]
         return {"$tuple": items_} if isinstance(value, tuple) else items_
     if isinstance(value, (torch.Tensor, np.ndarray)) and _holds_numbers(value):
         return plain_tree.encode_array(value)
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, np.generic):
         value = value.item()
     return plain_tree.encode_scalar(value, path)

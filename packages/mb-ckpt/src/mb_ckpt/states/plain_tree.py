@@ -5,7 +5,8 @@ Beside what JSON has, the stored tree uses objects of one key that begins with `
 ``{"$tuple": [...]}``, ``{"$dict": [[key, value], ...]}`` (keys that are not all plain strings),
 ``{"$float": "nan" | "inf" | "-inf"}``, ``{"$bytes": base64}``, ``{"$tensor": key}``, which stands
 where a tensor was, and ``{"$pickle": [class, base64]}`` for other objects where those who save ask for
-it. Within objects of Megatron's, ``{"$numpy": [dtype, shape, base64]}`` and ``{"$torch": ...}`` are arrays. Reading a tree never runs a pickle: that takes a call of `Pickled.load`.
+it. Within objects of Megatron's, ``{"$numpy": [dtype, shape, base64]}`` and ``{"$torch": ...}`` are arrays, and
+``{"$dtype": name}`` is a dtype of torch's. Reading a tree never runs a pickle: that takes a call of `Pickled.load`.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
     "$bytes": base64.b64decode,
     "$numpy": _array_of,
     "$torch": _tensor_of,
+    "$dtype": lambda name: getattr(torch, name),
 }
 
 
